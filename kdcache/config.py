@@ -1,0 +1,129 @@
+"""One YAML file per run, every key also settable as `key=value`; an unknown key is an error.
+
+A stage declares its keys as a `Section`; this module reads text into one and says, for every mistake,
+which key is wrong and what it could have been.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from kdcache.errors import AccessError, ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """A group of keys: frozen, and refusing keys it does not declare."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(kind: type[S], path: Path | None = None, overrides: Sequence[str] = ()) -> S:
+    """Return the section `kind` read from a YAML file, with `key.sub=value` overrides on top.
+
+    Values of overrides are YAML: `targets.k=64`, `loss.temperature=2`, `targets.hidden=[{layer: final}]`.
+
+    Raises:
+        ConfigError: Unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit.
+        AccessError: The file may not be read.
+    """
+    tree = read_yaml(path) if path else {}
+    for override in overrides:
+        _set(tree, override)
+    return parse_config(kind, tree, where=str(path) if path else "--set")
+
+
+def parse_config(kind: type[S], tree: dict[str, Any], *, where: str = "") -> S:
+    """Return the section `kind` read from plain dictionaries, with errors as in `load_config`."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(kind, error, where) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML file's top-level mapping, read with the safe loader.
+
+    Raises:
+        ConfigError: The file is missing, over 1 MiB, not YAML, or not a mapping.
+        AccessError: The file may not be read.
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(
+            "There is no such config file.",
+            where=str(path),
+            hint="Give the path of a YAML file; README.md shows the smallest one.",
+        ) from error
+    except OSError as error:
+        raise AccessError(f"The config cannot be read: {error.strerror}.", where=str(path)) from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError("The config is over 1 MiB.", where=str(path), hint="Give a YAML file, not data.")
+    try:
+        tree = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError("The config is not YAML.", where=f"{path}{line}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("The config's top level is not a mapping of keys.", where=str(path))
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not key=value.", where="--set", hint="Write --set targets.k=64.")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"The value of {key!r} is not YAML.", where=f"--set {override}") from error
+    *groups, last = key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{group!r} is a value, not a group of keys.", where=f"--set {override}")
+    tree[last] = value
+
+
+def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigError:
+    lines, hint = [], ""
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}")
+            hint = hint or _suggest(kind, item)
+        elif item["type"] == "missing":
+            lines.append(f"key {key!r} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ").rstrip(".")
+            lines.append(f"key {key!r}: {message[:1].lower()}{message[1:]}")
+    return ConfigError(f"The config does not fit: {'; '.join(lines)}.", where=where, hint=hint)
+
+
+def _suggest(kind: type[Section], item: ErrorDetails) -> str:
+    fields: dict[str, Any] = dict(kind.model_fields)
+    for part in item["loc"][:-1]:
+        if isinstance(part, str) and part in fields:
+            for candidate in _sections(fields[part].annotation):
+                fields = dict(candidate.model_fields)
+    close = get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(sorted(fields))}."
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _sections(inner)]

@@ -1,0 +1,39 @@
+"""Find a plug-in by name: the module of that name in the family's package, then an entry point.
+
+A family is a package such as `kdcache.codecs`. A plug-in is one module in it that binds `plugin`;
+third parties offer theirs under the entry-point group of the family's dotted name.
+"""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+from kdcache.errors import ConfigError
+
+
+def names(family: str) -> list[str]:
+    """Return the names of all plug-ins of a family, sorted; imports none of them."""
+    package = importlib.import_module(family)
+    own = {module.name for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"}
+    return sorted(own | {point.name for point in entry_points(group=family)})
+
+
+def find(family: str, name: str) -> Any:
+    """Return the plug-in `name` of a family.
+
+    Raises:
+        ConfigError: No plug-in has that name; the message lists those that exist.
+    """
+    package = importlib.import_module(family)
+    if any(module.name == name for module in pkgutil.iter_modules(package.__path__)):
+        return importlib.import_module(f"{family}.{name}").plugin
+    for point in entry_points(group=family, name=name):
+        return point.load()
+    known = names(family)
+    close = get_close_matches(name, known, n=1)
+    raise ConfigError(
+        f"There is no {family.rsplit('.', 1)[-1].rstrip('s')} named {name!r}.",
+        hint=f"Did you mean {close[0]!r}?" if close else f"Choose one of: {', '.join(known)}.",
+    )
