@@ -33,7 +33,7 @@ def load_config(kind: type[S], path: Path | None = None, overrides: Sequence[str
     Values of overrides are YAML: `targets.k=64`, `loss.temperature=2`, `targets.hidden=[{layer: final}]`.
 
     Raises:
-        ConfigError: Unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit.
+        ConfigError: Unreadable YAML, an unknown key (the nearest is named), or a value that does not fit.
         AccessError: The file may not be read.
     """
     tree = read_yaml(path) if path else {}

@@ -179,7 +179,7 @@ class TrainingError(KdcacheError):
     code = "KD700"
 
 
-class Interrupted(KdcacheError):  # noqa: N818 - it is a state, not a fault
+class Interrupted(KdcacheError):
     """Stopped on request; the same command goes on from the last committed shard or checkpoint."""
 
     code = "KD750"

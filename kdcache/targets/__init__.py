@@ -1,0 +1,132 @@
+"""The compact teacher distribution: its numbers and their exact maths, in numpy.
+
+Legend: `N` positions, `K` kept entries, `M` tail draws, `J` log-partition nodes, `V` vocabulary.
+
+A teacher's row of V logits `z` is kept as its K largest (the head), eight numbers that give the tail's
+log-partition at any temperature, the label's logit and, optionally, M ids drawn from the tail. None of them
+depends on a temperature: `T` is an argument of the methods. `kdcache.targets.tensor` has the same on torch.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.targets.log_partition import NODES, interpolate
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a teacher said at N positions.
+
+    Methods compute and return float64, whatever the stored dtype; logits and log-partitions are in nats.
+
+    Attributes:
+        ids: int32 [N, K], vocabulary ids of the head by descending logit, ties by lower id.
+        logits: float32 [N, K], the raw logits of those ids: no temperature, no normalisation.
+        tail: float32 [N, J], the tail's log-partition at `log_partition.NODES` minus `b * logits[:, -1]`;
+            minus infinity where K = V.
+        label_logit: float32 [N], the raw logit of the label, inside the head or not.
+        vocab_size: V, the length of the teacher's row.
+        draw_ids: int32 [N, M], ids drawn from the tail with replacement, or None.
+        draw_logits: float32 [N, M], their raw logits, or None.
+    """
+
+    ids: NDArray[np.int32]
+    logits: NDArray[np.float32]
+    tail: NDArray[np.float32]
+    label_logit: NDArray[np.float32]
+    vocab_size: int
+    draw_ids: NDArray[np.int32] | None = None
+    draw_logits: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> "Targets":
+        """Return the targets of a run of positions; arrays are views."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Targets(**{name: v[rows] if isinstance(v, np.ndarray) else v for name, v in values.items()})
+
+    @property
+    def k(self) -> int:
+        """K, the number of kept entries."""
+        return self.ids.shape[1]
+
+    def tail_log_partition(self, temperature: float) -> Float:
+        """Return log sum over the tail of exp(z / T) [N]; minus infinity where the tail is empty.
+
+        Raises:
+            ValueError: The temperature is not a positive finite number.
+        """
+        b = inverse(temperature)
+        lowest = self.logits[:, -1].astype(np.float64)
+        return interpolate(self.tail, self.vocab_size - self.k, b) + b * lowest
+
+    def log_partition(self, temperature: float) -> Float:
+        """Return log sum over the whole vocabulary of exp(z / T) [N]: head summed, tail interpolated."""
+        scaled = self.logits.astype(np.float64) * inverse(temperature)
+        top = scaled[:, :1]
+        head = top[:, 0] + np.log(np.exp(scaled - top).sum(axis=1))
+        return np.logaddexp(head, self.tail_log_partition(temperature))
+
+    def tail_mass(self, temperature: float) -> Float:
+        """Return the probability [N] of all ids outside the head together, at T."""
+        return np.exp(self.tail_log_partition(temperature) - self.log_partition(temperature))
+
+    def probabilities(self, temperature: float) -> Float:
+        """Return the full-vocabulary softmax at T of the kept ids [N, K]; a row sums to 1 - tail mass."""
+        scaled = self.logits.astype(np.float64) * inverse(temperature)
+        return np.exp(scaled - self.log_partition(temperature)[:, None])
+
+    def label_log_probability(self, temperature: float = 1.0) -> Float:
+        """Return log p(label) [N] at T in nats; its negative mean is the teacher's own loss."""
+        return self.label_logit.astype(np.float64) * inverse(temperature) - self.log_partition(temperature)
+
+    def draw_log_proposal(self) -> Float:
+        """Return the log-probability [N, M] with which each draw was drawn.
+
+        The proposal is the half-half mixture of the tail's softmax at T = 1 and at T = 2: drawing at T = 1
+        alone makes importance weights explode at higher temperatures.
+
+        Raises:
+            ValueError: The targets hold no draws.
+        """
+        if self.draw_logits is None:
+            raise ValueError("these targets hold no tail draws")
+        z = self.draw_logits.astype(np.float64)
+        at_one = z - self.tail_log_partition(1.0)[:, None]
+        at_two = z / 2 - self.tail_log_partition(2.0)[:, None]
+        return np.logaddexp(at_one, at_two) - math.log(2)
+
+    def draw_weights(self, temperature: float) -> Float:
+        """Return p_T(draw) / (M * proposal(draw)) [N, M].
+
+        For any function f, the sum over the draws of weight * f(id) is an unbiased estimate of the sum over
+        the tail of p_T(id) f(id) (importance sampling).
+
+        Raises:
+            ValueError: The targets hold no draws.
+        """
+        log_proposal = self.draw_log_proposal()
+        assert self.draw_logits is not None  # draw_log_proposal has refused targets without draws
+        scaled = self.draw_logits.astype(np.float64) * inverse(temperature)
+        log_p = scaled - self.log_partition(temperature)[:, None]
+        return np.exp(log_p - log_proposal) / self.draw_logits.shape[1]
+
+
+def inverse(temperature: float) -> float:
+    """Return b = 1/T.
+
+    Raises:
+        ValueError: The temperature is not a positive finite number.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"a temperature is a positive finite number, not {temperature}")
+    return 1 / temperature
+
+
+__all__ = ["NODES", "Targets", "inverse"]
