@@ -93,9 +93,7 @@ def head(
 
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"A temperature is a positive number, not {temperature}.", where="--temperature")
-    rows = describe.first_samples(
-        store, count, positions=positions, candidates=candidates, temperature=temperature
-    )
+    rows = describe.first_samples(store, count, positions=positions, candidates=candidates, temperature=temperature)
     _print(rows, as_json, display.first_samples)
 
 

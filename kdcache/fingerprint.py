@@ -18,9 +18,7 @@ def canonical_json(value: Json | Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: The value holds NaN, an infinity or a type JSON does not have.
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def digest_bytes(data: bytes | memoryview) -> str:

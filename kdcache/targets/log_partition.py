@@ -65,14 +65,10 @@ def interpolation_weights(inverse_temperature: float) -> tuple[float, ...]:
         raise ValueError(f"a temperature must be positive, so 1/T finite; got 1/T = {inverse_temperature}")
     knots = [node / (1 + node) for node in (0.0, *NODES)]
     x = inverse_temperature / (1 + inverse_temperature)
-    return tuple(
-        math.prod((x - other) / (knot - other) for other in knots if other != knot) for knot in knots
-    )
+    return tuple(math.prod((x - other) / (knot - other) for other in knots if other != knot) for knot in knots)
 
 
-def interpolate(
-    tail: NDArray[np.floating], tail_size: int, inverse_temperature: float
-) -> NDArray[np.float64]:
+def interpolate(tail: NDArray[np.floating], tail_size: int, inverse_temperature: float) -> NDArray[np.float64]:
     """Return u(b) [N] in nats (float64) from its node values [N, J].
 
     Args:

@@ -38,9 +38,7 @@ def measure(logits: Tensor, labels: Tensor, *, k: int, uniforms: Tensor | None =
     if k == size:
         tail = head.new_full((len(z), 8), -torch.inf)
         empty = None if uniforms is None else torch.zeros_like(uniforms, dtype=torch.int64)
-        return TensorTargets(
-            ids, head, tail, label_logit, size, empty, None if empty is None else z.gather(1, empty)
-        )
+        return TensorTargets(ids, head, tail, label_logit, size, empty, None if empty is None else z.gather(1, empty))
     powers = _Powers(z, head[:, -1:], ids)
     if uniforms is None:
         return TensorTargets(ids, head, powers.tail, label_logit, size)

@@ -1,0 +1,31 @@
+"""The on-disk format: Zarr shards and a Parquet sample table behind a manifest. Imports no torch."""
+
+from kdcache.store.check import Problem, check
+from kdcache.store.manifest import VERSION, Manifest, ShardInfo, load_manifest
+from kdcache.store.progress import Progress, progress
+from kdcache.store.reader import Sample, Shard, Store, open_store
+from kdcache.store.schema import Column, HiddenSpec, OutputHead, ShardPlan, StorePlan, standard_columns
+from kdcache.store.writer import SampleTable, StoreWriter
+
+__all__ = [
+    "VERSION",
+    "Column",
+    "HiddenSpec",
+    "Manifest",
+    "OutputHead",
+    "Problem",
+    "Progress",
+    "Sample",
+    "SampleTable",
+    "Shard",
+    "ShardInfo",
+    "ShardPlan",
+    "Store",
+    "StorePlan",
+    "StoreWriter",
+    "check",
+    "load_manifest",
+    "open_store",
+    "progress",
+    "standard_columns",
+]

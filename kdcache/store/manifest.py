@@ -1,0 +1,263 @@
+"""The manifest: the only way into a store, written last, and believed only after every check here.
+
+`docs/spec/format-v1.md` is the authority; each check names what it refuses.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.codecs import codec
+from kdcache.errors import (
+    AccessError,
+    CorruptObjectError,
+    IncompleteStoreError,
+    RefusedError,
+    SourceError,
+    UnsafeError,
+    UnsupportedError,
+)
+from kdcache.fingerprint import digest_json
+from kdcache.store.objects import Object, check_name
+from kdcache.store.schema import ALIGNMENT, Column
+
+FORMAT, VERSION = "kdcache", "1.0"
+FILE = "manifest.json"
+MAX_BYTES = 256 << 20
+MAX_DEPTH = 32
+MAX_ROWS, MAX_SHARDS, MAX_COLUMNS = 1 << 24, 10**6, 64
+MAX_K, MAX_VOCABULARY, MAX_ROW_BYTES, MAX_SHARD_BYTES = 1 << 24, 1 << 24, 1 << 28, 1 << 35
+
+OUTSIDE_DIGEST = ("digest", "provenance", "checksum")
+"""Members that are not part of a store's identity: two captures of the same thing have the same digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard as the manifest lists it: samples first_sample to first_sample + samples, in `rows` positions."""
+
+    first_sample: int
+    samples: int
+    rows: int
+    invalid_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checked manifest; `document` is the JSON it was read from."""
+
+    kind: str
+    samples: int
+    positions: int
+    vocab_size: int
+    k: int
+    columns: tuple[Column, ...]
+    shard_rows: int
+    chunk_rows: int
+    shards: tuple[ShardInfo, ...]
+    objects: Mapping[str, Object]
+    digest: str
+    document: Mapping[str, Any]
+
+    def part(self, name: str) -> Any:
+        """Return a descriptive member: teacher, tokenizer, source, capture, licences, skipped, output_head, provenance."""
+        return self.document.get(name)
+
+
+def seal(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document with its identity digest and the checksum of the whole."""
+    inside = {key: value for key, value in document.items() if key not in OUTSIDE_DIGEST}
+    sealed = {**document, "digest": digest_json(inside)}
+    sealed.pop("checksum", None)
+    return {**sealed, "checksum": digest_json(sealed)}
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Return the checked manifest of the store in a folder; reads no other file, except to say how far a capture is.
+
+    Raises:
+        SourceError: There is no such folder.
+        IncompleteStoreError: There is no manifest.
+        CorruptObjectError: It is not the JSON that was written.
+        UnsupportedError: A newer format, or a required feature or codec this release does not know.
+        UnsafeError: A name, size or type that no store of ours has.
+    """
+    path = root / FILE
+    if not root.is_dir():
+        raise SourceError(
+            "There is no store here.", where=str(root), hint="Give the folder that `capture --out` wrote."
+        )
+    if path.is_symlink():
+        raise UnsafeError("The manifest is a link.", where=str(path))
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise _incomplete(root) from error
+    except OSError as error:
+        raise AccessError(f"The manifest cannot be read: {error.strerror}.", where=str(path)) from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Return the checked manifest of its bytes; raises as `load_manifest`."""
+    document = strict_json(data, where)
+    if document.get("format") != FORMAT or not isinstance(document.get("format_version"), str):
+        raise UnsupportedError("This is not a kdcache manifest.", where=where)
+    if document["format_version"].split(".")[0] != VERSION.split(".")[0]:
+        raise UnsupportedError(
+            f"The store has format {document['format_version']}, and this release reads {VERSION}.",
+            where=where,
+            hint="Install a newer kdcache.",
+        )
+    if unknown := document.get("required_features"):
+        raise UnsupportedError(f"The store needs features this release does not know: {unknown}.", where=where)
+    checksum = document.get("checksum")
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    if checksum != digest_json(body) or seal(body)["digest"] != document.get("digest"):
+        raise CorruptObjectError(
+            "The manifest is damaged or was edited: its checksum does not fit.",
+            where=where,
+            hint="Copy the store again, or capture it again.",
+        )
+    try:
+        return _checked(document)
+    except RefusedError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnsafeError(f"The manifest is not of the format: {error!r}.", where=where) from error
+
+
+def strict_json(data: bytes, where: str) -> dict[str, Any]:
+    """Return a JSON object read strictly: UTF-8, no duplicate keys, no NaN, bounded size and depth.
+
+    Raises:
+        CorruptObjectError: It is not such a text.
+        UnsafeError: It is over 256 MiB or nested over 32 deep.
+    """
+    if len(data) > MAX_BYTES:
+        raise UnsafeError(f"The JSON is over {MAX_BYTES >> 20} MiB.", where=where)
+    depth = deepest = 0
+    for byte in data.translate(None, delete=bytes(set(range(256)) - set(b'[{]}"'))) if len(data) < 1 << 16 else b"":
+        depth += (byte in b"[{") - (byte in b"]}")
+        deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH * 4:
+        raise UnsafeError("The JSON is nested too deep.", where=where)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(items)
+        if len(table) != len(items):
+            raise ValueError("a key stands twice")
+        return table
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptObjectError(f"This is not strict JSON: {error}.", where=where) from error
+    if not isinstance(value, dict):
+        raise CorruptObjectError("The JSON is not an object.", where=where)
+    return value
+
+
+def _checked(document: dict[str, Any]) -> Manifest:
+    kind = document["kind"]
+    if kind not in ALIGNMENT:
+        raise UnsupportedError(f"The store is of an unknown kind {kind!r}.")
+    vocab_size, k = _whole(document["vocab_size"], 1, MAX_VOCABULARY), _whole(document["k"], 1, MAX_K)
+    shard_rows, chunk_rows = _whole(document["shard_rows"], 1, MAX_ROWS), _whole(document["chunk_rows"], 1, MAX_ROWS)
+    if k > vocab_size or shard_rows % chunk_rows:
+        raise UnsafeError("The manifest's sizes contradict each other.")
+    columns = tuple(_column(entry, shard_rows) for entry in document["columns"][: MAX_COLUMNS + 1])
+    if len(columns) > MAX_COLUMNS or len({column.name for column in columns}) != len(columns):
+        raise UnsafeError("The manifest has too many columns, or one twice.")
+    shards, next_sample = [], 0
+    if len(document["shards"]) > MAX_SHARDS:
+        raise UnsafeError("The manifest has too many shards.")
+    for first, samples, rows, invalid in document["shards"]:
+        if first != next_sample:
+            raise UnsafeError(f"Shard {len(shards)} begins at sample {first}, not at {next_sample}.")
+        shards.append(
+            ShardInfo(first, _whole(samples, 1, shard_rows), _whole(rows, 1, shard_rows), _whole(invalid, 0, rows))
+        )
+        next_sample += samples
+    if next_sample != document["samples"] or sum(shard.rows for shard in shards) != document["positions"]:
+        raise UnsafeError("The shards do not add up to the manifest's samples and positions.")
+    objects = {
+        check_name(name): Object(_whole(entry["bytes"], 0, MAX_SHARD_BYTES), _hex(entry["digest"]))
+        for name, entry in document["objects"].items()
+    }
+    if len({name.casefold() for name in objects}) != len(objects):
+        raise UnsafeError("Two objects differ in nothing but case.")
+    return Manifest(
+        kind=kind,
+        samples=next_sample,
+        positions=document["positions"],
+        vocab_size=vocab_size,
+        k=k,
+        columns=columns,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        shards=tuple(shards),
+        objects=objects,
+        digest=_hex(document["digest"]),
+        document=document,
+    )
+
+
+def _column(entry: dict[str, Any], shard_rows: int) -> Column:
+    shape = tuple(_whole(size, 1, MAX_K) for size in entry["shape"])
+    if len(shape) > 3:
+        raise UnsafeError(f"The column {entry['name']!r} has {len(shape)} axes.")
+    column = Column(
+        name=str(entry["name"]),
+        codec=str(entry["codec"]),
+        parameters=dict(entry["parameters"]),
+        shape=shape,
+        unit=str(entry["unit"]),
+        description=str(entry["description"]),
+    )
+    codec(column.codec, column.parameters)  # an unknown codec is refused by name
+    row_bytes = 8
+    for size in shape:
+        row_bytes *= size
+    if row_bytes > MAX_ROW_BYTES or row_bytes * shard_rows > MAX_SHARD_BYTES:
+        raise UnsafeError(f"A shard of the column {column.name!r} would need {row_bytes * shard_rows:,} bytes.")
+    for path, _part in column.arrays().values():
+        check_name(path)
+    if column.as_json() != entry:
+        raise UnsafeError(f"The column {column.name!r} is not laid out as its codec says.")
+    return column
+
+
+def _whole(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise UnsafeError(f"The manifest has {value!r} where a whole number of {low} to {high} is due.")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise UnsafeError(f"The manifest has {value!r} where a BLAKE3 digest is due.")
+    return value
+
+
+def _incomplete(root: Path) -> IncompleteStoreError:
+    from kdcache.store.progress import progress
+
+    done = progress(root)
+    if done is None:
+        return IncompleteStoreError(
+            "This folder holds no store: there is neither a manifest nor a plan.",
+            where=str(root),
+            hint="Give the folder that `kdcache capture CONFIG --out STORE` wrote.",
+        )
+    return IncompleteStoreError(
+        f"The capture has not finished: {done.committed} of {done.shards} shards are committed.",
+        where=str(root),
+        hint="Run the same `kdcache capture` command again; it goes on from there.",
+    )

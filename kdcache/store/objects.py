@@ -1,0 +1,162 @@
+"""The bytes of a store: names that are safe, writes that are atomic, reads that are verified.
+
+An object is a regular file below the store's folder, written once: to a temporary name, flushed, synced, renamed, and
+the folder synced. It is named in the manifest with its length and BLAKE3, and read only after both agree.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kdcache.errors import AccessError, CorruptObjectError, MissingObjectError, StorageFullError, UnsafeError
+from kdcache.fingerprint import digest_bytes
+
+NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,127}(/[a-z0-9_][a-z0-9._-]{0,127}){0,7}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+TEMPORARY = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An object's identity: its length in bytes and the BLAKE3 of its content."""
+
+    bytes: int
+    digest: str
+
+
+def check_name(name: str) -> str:
+    """Return an object's name if it is safe on every file system.
+
+    Raises:
+        UnsafeError: It could leave the folder, or means something else on another system.
+    """
+    parts = PurePosixPath(name).parts
+    if not NAME.fullmatch(name) or any(RESERVED.fullmatch(part) or part.endswith(".") for part in parts):
+        raise UnsafeError(
+            f"The store names an object {name!r}, which is not a safe file name.",
+            hint="Do not use this store; it was not written by kdcache.",
+        )
+    return name
+
+
+def write_object(root: Path, name: str, data: bytes) -> Object:
+    """Write an object durably under its final name, or not at all; return its identity.
+
+    Raises:
+        StorageFullError: There is no space; the temporary file is removed.
+        AccessError: The folder may not be written to.
+    """
+    path = root / name
+    temporary = path.with_name(path.name + TEMPORARY)
+    with storage_errors(path, len(data)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    return Object(len(data), digest_bytes(data))
+
+
+@contextmanager
+def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what the operating system says about a write into an error that says what to do next."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = 0
+            with suppress(OSError):
+                free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+            raise StorageFullError(
+                f"There is no space left: {needed:,} bytes were needed and {free:,} are free.",
+                where=str(path),
+                hint="Free some space and run the same command again; finished shards are kept.",
+            ) from error
+        raise AccessError(
+            f"The store cannot be written: {error.strerror or error}.",
+            where=str(path),
+            hint="Check the folder's permissions, or choose another with --out.",
+        ) from error
+
+
+def read_object(root: Path, name: str, expected: Object) -> bytes:
+    """Return an object's bytes once length and digest agree with what is expected.
+
+    Raises:
+        MissingObjectError: There is no such file.
+        CorruptObjectError: Length or digest differ.
+        UnsafeError: The name, or what lies under it, is not a plain file inside the store.
+        AccessError: The file may not be read.
+    """
+    path = locate(root, name)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected.bytes:
+                raise _corrupt(path, f"it has {size:,} bytes, and the manifest says {expected.bytes:,}")
+            data = file.read(expected.bytes + 1)
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except OSError as error:
+        raise AccessError(f"The object cannot be read: {error.strerror}.", where=str(path)) from error
+    found = digest_bytes(data)
+    if len(data) != expected.bytes or found != expected.digest:
+        raise _corrupt(path, f"its digest is {found[:16]}, and the manifest says {expected.digest[:16]}")
+    return data
+
+
+def locate(root: Path, name: str) -> Path:
+    """Return the path of an object: a regular file inside the store, reached through no link.
+
+    Raises:
+        MissingObjectError: There is nothing there.
+        UnsafeError: The name is unsafe, or it is a link, a folder or a device.
+    """
+    path = root / check_name(name)
+    here = root
+    for part in PurePosixPath(name).parts:
+        here = here / part
+        if here.is_symlink():
+            raise UnsafeError("The store holds a link where a file is due.", where=str(here))
+    if not path.exists():
+        raise missing(path)
+    if not path.is_file():
+        raise UnsafeError("The store holds something that is not a regular file.", where=str(path))
+    return path
+
+
+def missing(path: Path) -> MissingObjectError:
+    """Return the error for an object that is not there."""
+    return MissingObjectError(
+        "An object that the manifest names is missing.",
+        where=str(path),
+        hint="Copy the store again, or capture it again into a new folder.",
+    )
+
+
+def _corrupt(path: Path, what: str) -> CorruptObjectError:
+    return CorruptObjectError(
+        f"An object is damaged: {what}.",
+        where=str(path),
+        hint="Run `kdcache verify` to list all damage; copy the store again, or capture it again.",
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,332 @@
+"""Read a store: samples by number, shards as a whole, every byte verified before it is used.
+
+Legend: `N` positions, `S` samples, `L` tokens of a sample, `K` kept entries, `D` hidden width.
+"""
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdcache.codecs import codec
+from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
+from kdcache.store.arrays import VerifiedObjects, array_metadata, open_array, read
+from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
+from kdcache.store.schema import COUNTS, Column, OutputHead
+from kdcache.targets import Targets
+
+Array = NDArray[Any]
+
+HEAD = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
+DRAWS = ("draw_ids", "draw_logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample and what the teacher said about it.
+
+    Attributes:
+        id: Stable id given by the source.
+        input_ids: int64 [L], all its tokens.
+        labels: int64 [L-1], the next token at every position.
+        loss_mask: bool [L-1], where the label counts.
+        targets: The teacher's compact distribution of every label, [L-1] rows.
+        hidden: Layer name to float32 [L-1, D], or [D] for features pooled over the sample.
+    """
+
+    id: str
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    targets: Targets
+    hidden: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The decoded rows of one shard.
+
+    Attributes:
+        index: Which shard of the store.
+        first_sample: Number of its first sample in the store.
+        offsets: int64 [S+1], sample i has rows offsets[i] to offsets[i+1].
+        columns: Decoded values [N, ...] of the columns that were asked for.
+        table: Its part of the sample table.
+        vocab_size: Of the teacher.
+    """
+
+    index: int
+    first_sample: int
+    offsets: NDArray[np.int64]
+    columns: Mapping[str, Array]
+    table: pa.Table
+    vocab_size: int
+
+    def targets(self, rows: slice = slice(None)) -> Targets | None:
+        """Return the targets of a run of rows; None when their columns were not asked for."""
+        if not all(name in self.columns for name in HEAD):
+            return None
+        return targets_of({name: values[rows] for name, values in self.columns.items()}, self.vocab_size)
+
+
+def open_store(path: Path | str, *, digest: str | None = None) -> "Store":
+    """Return a finished store; reads its manifest only.
+
+    Args:
+        path: Its folder.
+        digest: The digest it must have.
+
+    Raises:
+        IncompleteStoreError: The capture has not finished; the message says how far it is.
+        CorruptObjectError: The manifest is damaged.
+        UnsupportedError: A newer format or an unknown codec.
+        MismatchError: It has another digest than asked for.
+    """
+    root = Path(path)
+    manifest = load_manifest(root)
+    if digest is not None and manifest.digest != digest:
+        raise MismatchError(f"The store's digest is {manifest.digest}, not {digest}.", where=str(root))
+    return Store(root, manifest)
+
+
+class Store(Sequence[Sample]):
+    """A finished store: `len(store)` samples, `store[i]` the i-th; pickles as its path and digest.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._objects = VerifiedObjects(path, manifest.objects)
+        self._columns = {column.name: column for column in manifest.columns}
+        self._arrays: dict[str, Any] = {}
+        self._first_samples = [shard.first_sample for shard in manifest.shards]
+        self._table = lru_cache(maxsize=64)(self._read_table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.digest)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: equal for equal captures, whatever interrupted them."""
+        return self.manifest.digest
+
+    @property
+    def num_positions(self) -> int:
+        """All positions of all samples."""
+        return self.manifest.positions
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the length of the teacher's row."""
+        return self.manifest.vocab_size
+
+    @property
+    def k(self) -> int:
+        """Entries kept of each row."""
+        return self.manifest.k
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """The per-position columns by name."""
+        return self._columns
+
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """The shards in order."""
+        return self.manifest.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all objects, the manifest itself not counted."""
+        return sum(one.bytes for one in self.manifest.objects.values())
+
+    def bytes_per_column(self) -> dict[str, int]:
+        """Return the bytes of each column, of the sample table, and of everything else."""
+        counts: dict[str, int] = dict.fromkeys(self._columns, 0)
+        owners = {path: name for name, column in self._columns.items() for path, _ in column.arrays().values()}
+        for name, one in self.manifest.objects.items():
+            owner = owners.get("/".join(name.split("/")[:2])) or name.split("/")[0].removesuffix(".json")
+            counts[owner] = counts.get(owner, 0) + one.bytes
+        return counts
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index in range(len(self.shards)):
+            shard = self.read_shard(index)
+            for number in range(len(shard.offsets) - 1):
+                rows = slice(int(shard.offsets[number]), int(shard.offsets[number + 1]))
+                yield self._sample(shard.table, number, {n: v[rows] for n, v in shard.columns.items()})
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return the sample of a number (negative: from the end), decoding only the chunks it needs."""
+        if not isinstance(number, int | np.integer):
+            raise TypeError(f"a sample has a whole number, not {number!r}")
+        position = int(number) + len(self) if number < 0 else int(number)
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        index = bisect_right(self._first_samples, position) - 1
+        table = self._table(index)
+        inside = position - self._first_samples[index]
+        start = table["first_row"][inside].as_py()
+        stop = start + table["rows"][inside].as_py()
+        columns = {name: self._read(column, index, start, stop) for name, column in self._columns.items()}
+        return self._sample(table, inside, columns)
+
+    def read_shard(self, index: int, columns: Sequence[str] | None = None) -> Shard:
+        """Return the decoded rows of a shard.
+
+        Args:
+            index: Which.
+            columns: Names of the columns to decode; None for all.
+
+        Raises:
+            ConfigError: The store has no such column.
+            MissingObjectError, CorruptObjectError: An object is damaged.
+        """
+        info = self.shards[index]
+        table = self._table(index)
+        start = index * self.manifest.shard_rows
+        names = list(self._columns) if columns is None else list(columns)
+        if unknown := [name for name in names if name not in self._columns]:
+            raise ConfigError(
+                f"The store has no column {unknown[0]!r}.",
+                where=str(self.path),
+                hint=f"It has {', '.join(self._columns)}.",
+            )
+        decoded = {name: self._read(self._columns[name], index, start, start + info.rows) for name in names}
+        offsets = np.concatenate([[0], np.cumsum(table["rows"].to_numpy().astype(np.int64))])
+        return Shard(index, info.first_sample, offsets, decoded, table, self.vocab_size)
+
+    def output_head(self) -> OutputHead | None:
+        """Return the teacher's output layer; None unless the capture was `exact`."""
+        head = self.manifest.part("output_head")
+        if head is None:
+            return None
+        kept = codec(head["codec"])
+
+        def array(name: str, rows: int) -> Array:
+            return kept.decode({"": read(open_array(self._objects, f"output_head/{name}"), 0, rows)})
+
+        rows = head["shape"][0]
+        bias = array("bias", rows) if head["bias"] else None
+        return OutputHead(array("weight", rows), bias, head["scale"], head["softcap"], head["codec"])
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the verified files that reload the tokenizer, by name; empty when it keeps none."""
+        prefix = "tokenizer/"
+        names = [name for name in self.manifest.objects if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._objects.content(name) for name in names}
+
+    def sample_table(self, index: int) -> pa.Table:
+        """Return a shard's part of the sample table."""
+        return self._table(index)
+
+    def content(self, name: str) -> bytes:
+        """Return an object's verified bytes by its name in the manifest."""
+        return self._objects.content(name)
+
+    def _read(self, column: Column, shard: int, start: int, stop: int) -> Array:
+        parts = {}
+        for name, (path, layout) in column.arrays().items():
+            if path not in self._arrays:
+                expected = array_metadata(
+                    layout,
+                    len(self.shards),
+                    shard_rows=self.manifest.shard_rows,
+                    chunk_rows=self.manifest.chunk_rows,
+                )
+                if self._objects.content(f"{path}/zarr.json") != expected:
+                    _require_same_layout(self._objects.content(f"{path}/zarr.json"), expected, path)
+                self._arrays[path] = open_array(self._objects, path)
+            entries = (start, stop) if layout.per == "row" else (shard, shard + 1)
+            self._require_shard(path, layout.shape, shard)
+            parts[name] = read(self._arrays[path], *entries)
+        values = column.build().decode(parts)
+        if column.unit == "id" and values.size and int(values.max()) >= self.vocab_size:
+            raise CorruptObjectError(
+                f"The column {column.name} has an id beyond the vocabulary of {self.vocab_size}.",
+                where=f"{self.path}, shard {shard}",
+            )
+        return values
+
+    def _require_shard(self, path: str, shape: tuple[int, ...], shard: int) -> None:
+        # Zarr reads an absent object as fill values, which look like data: absence must not reach it.
+        name = "/".join([path, "c", str(shard), *("0" for _ in shape)])
+        if name not in self.manifest.objects:
+            raise CorruptObjectError("The manifest does not list an object of the shard.", where=name)
+
+    def _read_table(self, index: int) -> pa.Table:
+        name = f"samples/{index:05d}.parquet"
+        info = self.shards[index]
+        if name not in self.manifest.objects:
+            raise CorruptObjectError("The manifest does not list a part of the sample table.", where=name)
+        data = self._objects.content(name)
+        try:
+            table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+            rows = table["rows"].to_numpy()
+            first = table["first_row"].to_numpy()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise CorruptObjectError(f"The sample table does not decode: {error}.", where=name) from error
+        begin = index * self.manifest.shard_rows + np.concatenate([[0], np.cumsum(rows.astype(np.int64))])
+        if len(table) != info.samples or begin[-1] - begin[0] != info.rows or not np.array_equal(first, begin[:-1]):
+            raise CorruptObjectError("The sample table does not fit the shard.", where=name)
+        return table
+
+    def _sample(self, table: pa.Table, number: int, columns: Mapping[str, Array]) -> Sample:
+        labels = columns["labels"].astype(np.int64)
+        inputs = columns["input_ids"].astype(np.int64)
+        hidden = {
+            name.removeprefix("hidden."): values for name, values in columns.items() if name.startswith("hidden.")
+        }
+        for name in table.column_names:
+            if name.startswith("hidden."):
+                hidden[name.removeprefix("hidden.")] = np.asarray(table[name][number].as_py(), dtype=np.float32)
+        return Sample(
+            id=table["sample_id"][number].as_py(),
+            input_ids=np.append(inputs, labels[-1:]) if self.manifest.kind == "causal_lm" else inputs,
+            labels=labels,
+            loss_mask=columns["loss_mask"] == COUNTS,
+            targets=targets_of(columns, self.vocab_size),
+            hidden=hidden,
+        )
+
+
+def targets_of(columns: Mapping[str, Array], vocab_size: int) -> Targets:
+    """Return the targets held by decoded columns."""
+    return Targets(
+        ids=columns["head_ids"].astype(np.int32, copy=False),
+        logits=columns["head_logits"],
+        tail=columns["tail_log_partition"],
+        label_logit=columns["label_logit"],
+        vocab_size=vocab_size,
+        draw_ids=columns["draw_ids"].astype(np.int32, copy=False) if "draw_ids" in columns else None,
+        draw_logits=columns.get("draw_logits"),
+    )
+
+
+def _reopen(path: Path, digest: str) -> Store:
+    return open_store(path, digest=digest)
+
+
+def _require_same_layout(found: bytes, expected: bytes, path: str) -> None:
+    """Allow another zarr version's wording of the same layout, nothing else."""
+    import json
+
+    keys = ("shape", "data_type", "chunk_grid", "fill_value", "zarr_format", "node_type", "codecs")
+    ours, theirs = json.loads(expected), json.loads(found)
+    if any(ours.get(key) != theirs.get(key) for key in keys):
+        raise CorruptObjectError("An array is not laid out as the manifest says.", where=f"{path}/zarr.json")

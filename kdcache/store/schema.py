@@ -1,0 +1,234 @@
+"""What a store holds: its columns, and the plan that fixes every number in it.
+
+Legend: `N` positions, `K` kept entries, `M` tail draws, `D` hidden width, `V` vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.codecs import Codec, Part, codec, parameters
+from kdcache.codecs.integer import narrowest
+from kdcache.errors import ConfigError
+from kdcache.targets.log_partition import NODES
+
+ALIGNMENT = {
+    "causal_lm": "row t is the teacher's distribution of token t+1 given tokens 0..t; L tokens give exactly L-1 rows",
+    "classifier": "one row a sample: the teacher's distribution of the sample's label",
+}
+
+MASKED, COUNTS, INVALID = 0, 1, 2
+"""Values of the column `loss_mask`: the label does not count, counts, or the teacher's row was not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A per-position column.
+
+    Attributes:
+        name: As in `columns/<name>`.
+        codec: Name of its codec.
+        parameters: The codec's JSON parameters.
+        shape: Of a decoded row.
+        unit: Of the decoded values.
+        description: One sentence for a stranger.
+    """
+
+    name: str
+    codec: str
+    parameters: dict[str, Any]
+    shape: tuple[int, ...]
+    unit: str
+    description: str
+
+    def build(self) -> Codec:
+        """Return the column's codec."""
+        return codec(self.codec, self.parameters)
+
+    def arrays(self) -> dict[str, tuple[str, Part]]:
+        """Return, for each part of the codec, the path of its array and what it holds."""
+        parts = self.build().parts(self.shape)
+        return {name: (f"columns/{self.name}{'.' if name else ''}{name}", part) for name, part in parts.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the column's entry in the manifest, spelled out for a reader without kdcache."""
+        arrays = [
+            {
+                "part": name,
+                "array": path,
+                "dtype": part.dtype,
+                "shape": list(part.shape),
+                "per": part.per,
+                "compressor": part.compressor,
+            }
+            for name, (path, part) in self.arrays().items()
+        ]
+        own = {**asdict(self), "shape": list(self.shape), "dtype": self.build().dtype}
+        return {**own, "arrays": arrays}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """A teacher's output layer: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        weight: float32 [V, D].
+        bias: float32 [V], or None.
+        scale: Factor on the logits.
+        softcap: c in c * tanh(logits / c), or None.
+        codec: How the arrays are kept: "bfloat16" or "float32".
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    codec: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The run of whole samples that one shard holds."""
+
+    first_sample: int
+    samples: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """Everything that fixes the content of a store; equal plans give equal digests.
+
+    Attributes:
+        kind: "causal_lm" or "classifier".
+        columns: What is kept a position.
+        shard_rows: Positions a shard has room for.
+        chunk_rows: Positions compressed together; divides `shard_rows`.
+        vocab_size: V, the length of the teacher's row.
+        k: Entries kept.
+        teacher: Fingerprint of the teacher.
+        tokenizer: Fingerprint of the tokenizer, or None.
+        source: Fingerprint of the source and of the samples made from it.
+        capture: The settings of the capture that fix its numbers.
+        licences: Of teacher and data.
+        skipped: Documents and samples left out, by reason.
+        shards: In order; they tile the samples.
+        tokenizer_files: Name and content of what reloads the tokenizer.
+        output_head: The teacher's output layer, kept by `exact` captures.
+    """
+
+    kind: str
+    columns: tuple[Column, ...]
+    shard_rows: int
+    chunk_rows: int
+    vocab_size: int
+    k: int
+    teacher: dict[str, Any]
+    tokenizer: dict[str, Any] | None
+    source: dict[str, Any]
+    capture: dict[str, Any]
+    licences: dict[str, Any]
+    skipped: dict[str, int]
+    shards: tuple[ShardPlan, ...]
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    output_head: OutputHead | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_rows < 1 or self.shard_rows % self.chunk_rows:
+            raise ConfigError(
+                f"A shard of {self.shard_rows} positions is not a whole number of chunks of {self.chunk_rows}.",
+                where="store.shard_positions",
+                hint="Make shard_positions a multiple of chunk_positions.",
+            )
+        if not 1 <= self.k <= self.vocab_size:
+            raise ConfigError(f"k = {self.k} is not in 1 to the vocabulary of {self.vocab_size}.", where="targets.k")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan without its large arrays, as `plan.json` keeps it."""
+        head = self.output_head
+        return {
+            "kind": self.kind,
+            "columns": [column.as_json() for column in self.columns],
+            "shard_rows": self.shard_rows,
+            "chunk_rows": self.chunk_rows,
+            "vocab_size": self.vocab_size,
+            "k": self.k,
+            "teacher": self.teacher,
+            "tokenizer": self.tokenizer,
+            "source": self.source,
+            "capture": self.capture,
+            "licences": self.licences,
+            "skipped": self.skipped,
+            "shards": [[shard.first_sample, shard.samples, shard.rows] for shard in self.shards],
+            "output_head": None
+            if head is None
+            else {
+                "shape": list(head.weight.shape),
+                "bias": head.bias is not None,
+                "scale": head.scale,
+                "softcap": head.softcap,
+                "codec": head.codec,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenSpec:
+    """One layer's features to keep: its name, width and codec."""
+
+    layer: str
+    width: int
+    codec: str = "bfloat16"
+
+
+def standard_columns(
+    *, k: int, vocab_size: int, logits: str = "steps16", draws: int = 0, hidden: Sequence[HiddenSpec] = ()
+) -> tuple[Column, ...]:
+    """Return the columns of a causal-LM store.
+
+    Args:
+        k: Entries kept.
+        vocab_size: Ids are 0 to V - 1.
+        logits: Codec of the kept logits.
+        draws: Tail draws a position; 0 for none.
+        hidden: Layers whose features are kept at every position.
+
+    Raises:
+        ConfigError: A codec does not fit what it is asked to keep.
+    """
+    ids = parameters(narrowest(vocab_size))
+    described = [
+        ("input_ids", "integer", ids, (), "id", "token at the position: what the model sees"),
+        ("labels", "integer", ids, (), "id", "the next token: what is predicted"),
+        ("loss_mask", "integer", {"bits": 8}, (), "flag", "0 masked, 1 counts, 2 the teacher's row was not finite"),
+        ("head_ids", "integer", ids, (k,), "id", "ids of the k largest logits, descending"),
+        ("head_logits", logits, {}, (k,), "nat", "raw logits of head_ids: no temperature, not normalised"),
+        (
+            "tail_log_partition",
+            "log_partition",
+            {},
+            (len(NODES),),
+            "nat",
+            f"log-sum-exp of b*z over the tail minus b*head_logits[-1], at b = {', '.join(map(str, NODES))}",
+        ),
+        ("label_logit", "float32", {}, (), "nat", "raw logit of the label, in the head or not"),
+    ]
+    if draws:
+        described += [
+            ("draw_ids", "integer", ids, (draws,), "id", "ids drawn from the tail with replacement"),
+            ("draw_logits", "float16", {}, (draws,), "nat", "raw logits of draw_ids"),
+        ]
+    for spec in hidden:
+        described.append(
+            (f"hidden.{spec.layer}", spec.codec, {}, (spec.width,), "1", f"hidden state of layer {spec.layer}")
+        )
+    columns = tuple(Column(*one) for one in described)  # type: ignore[arg-type]
+    for column in columns:
+        try:
+            column.arrays()
+        except ValueError as error:
+            raise ConfigError(f"The column {column.name} cannot be kept: {error}.", where="targets") from error
+    return columns
