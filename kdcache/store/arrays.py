@@ -1,8 +1,8 @@
 """Zarr on both sides: one shard's rows to the bytes of its objects, and verified objects back to rows.
 
-All compression, sharding and checksums are zarr-python's. What is ours: a shard is encoded in memory, so that it can be
-written atomically and digested; and zarr reads through `VerifiedObjects`, which hands out no byte of an object before its
-length and digest agreed with the manifest.
+All compression, sharding and checksums are zarr-python's. What is ours: a shard is encoded in memory, so that it
+can be written atomically and digested; and zarr reads through `VerifiedObjects`, which hands out no byte of an
+object before its length and digest agreed with the manifest.
 """
 
 from collections.abc import AsyncIterator, Iterable, Mapping

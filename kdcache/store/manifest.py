@@ -62,7 +62,7 @@ class Manifest:
     document: Mapping[str, Any]
 
     def part(self, name: str) -> Any:
-        """Return a descriptive member: teacher, tokenizer, source, capture, licences, skipped, output_head, provenance."""
+        """Return a descriptive member, such as teacher, tokenizer, source, licences or provenance."""
         return self.document.get(name)
 
 

@@ -1,0 +1,124 @@
+"""Load a tokenizer, say which one it is, and keep it with a store so that a stranger can decode.
+
+Loading uses transformers, imported on first use; decoding from a store uses the `tokenizers` library alone.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import AccessError, ConfigError
+from kdcache.fingerprint import digest_bytes, digest_json
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Zürich, naïve café — 東京 Москва 🙂",
+    "def f(x):\n\treturn x ** 2  # 3.14159\n",
+    "  leading and   inner spaces \n\n",
+    "don't won't I'll 1,234,567.89 USD",
+    "<|im_start|>user\nhello<|im_end|>",
+)
+"""Texts whose ids are part of a tokenizer's fingerprint: they reach merges, normalisation and special tokens."""
+
+
+def load_tokenizer(
+    model: str, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return the transformers tokenizer of a folder, a hub name or a GGUF file.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        AccessError: There is no tokenizer there, or it does not load.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "Tokenising needs the package transformers.", hint="Run: pip install 'kdcache[teacher]'"
+        ) from error
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision:
+        options["revision"] = revision
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        return AutoTokenizer.from_pretrained(model, **options)
+    except Exception as error:
+        raise AccessError(
+            f"The tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=model,
+            hint="Give a folder with tokenizer.json, a hub name, or a GGUF file.",
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Return the identity of a tokenizer: vocabulary, special ids, chat template and probe texts, each by digest."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    special = {
+        name: getattr(tokenizer, f"{name}_token_id", None)
+        for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    }
+    added = sorted((int(i), str(token)) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items())
+    return {
+        "vocabulary": digest_json([[token, int(number)] for token, number in vocabulary]),
+        "vocabulary_size": len(vocabulary),
+        "special": special,
+        "added": digest_json([list(one) for one in added]),
+        "chat_template": digest_json(getattr(tokenizer, "chat_template", None) or ""),
+        "probes": digest_json([[int(i) for i in tokenizer(probe)["input_ids"]] for probe in PROBES]),
+    }
+
+
+def differences(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> list[str]:
+    """Return one line for each way in which two fingerprints differ; the pad token and chat template are no difference.
+
+    Padding is the student's own affair; a chat template matters when text is made, and a store keeps ids.
+    """
+    if ours is None or theirs is None:
+        return []
+    lines = [
+        f"{name} differs ({str(theirs.get(name))[:12]} here, {str(ours.get(name))[:12]} in the store)"
+        for name in ("vocabulary", "vocabulary_size", "probes")
+        if ours.get(name) != theirs.get(name)
+    ]
+    special = [(name, theirs["special"].get(name), ours["special"].get(name)) for name in ("bos", "eos", "unk")]
+    return lines + [f"{name} token is {a} here, {b} in the store" for name, a, b in special if a != b]
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files that reload a tokenizer, by name; their bytes depend on nothing but the tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {}
+        for path in sorted(Path(folder).iterdir()):
+            if path.suffix in (".json", ".jinja", ".txt", ".model") and path.is_file():
+                files[path.name.lower()] = path.read_bytes()
+    if "tokenizer_config.json" in files:
+        config = json.loads(files["tokenizer_config.json"])
+        for key in ("name_or_path", "_commit_hash", "auto_map"):
+            config.pop(key, None)
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    return files
+
+
+def decoder(files: dict[str, bytes]) -> Callable[[Sequence[int]], str]:
+    """Return a function from ids to text, from the files a store keeps.
+
+    Without a fast tokenizer among them, or without the `tokenizers` library, it gives ids in angle brackets.
+    """
+    data = files.get("tokenizer.json")
+    if data is None:
+        return lambda ids: " ".join(f"<{int(one)}>" for one in ids)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return lambda ids: " ".join(f"<{int(one)}>" for one in ids)
+    tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    return lambda ids: str(tokenizer.decode([int(one) for one in ids], skip_special_tokens=False))
+
+
+def files_digest(files: dict[str, bytes]) -> str:
+    """Return the identity of a tokenizer's files."""
+    return digest_json({name: digest_bytes(data) for name, data in files.items()})
