@@ -1,0 +1,87 @@
+"""The keys of a capture; `source.path`, `teacher.model`, `teacher.dtype` and `targets.k` are enough."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdcache.config import Section
+from kdcache.samples import SamplesConfig
+from kdcache.sources import SourceConfig
+from kdcache.teachers import TeacherConfig
+
+
+class HiddenConfig(Section):
+    """One layer's features to keep.
+
+    Attributes:
+        layer: final (after the last norm), embedding, or the number of a layer from 1.
+        dtype: bfloat16, float32, or int8 with one scale a channel and shard.
+        keep: all positions; masked: only where the label counts, zero elsewhere; pooled: their mean, one a sample.
+    """
+
+    layer: str = "final"
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    keep: Literal["all", "masked", "pooled"] = "all"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_or_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("layer"), int):
+            return {**value, "layer": str(value["layer"])}
+        return {"layer": str(value)} if isinstance(value, str | int) else value
+
+
+class TargetsConfig(Section):
+    """What is kept of a teacher's row.
+
+    Attributes:
+        k: Largest logits kept.
+        logits: Codec of the kept logits: steps16 (error 1/2048 nat), steps8, float16 or float32.
+        draws: Ids drawn from the tail, for unbiased tail sums; 0 for none.
+        hidden: Layers whose features are kept.
+        exact: Also keep the last hidden state and, once, the output layer: the whole distribution comes back.
+        on_invalid: What becomes of a position whose logits are NaN or infinite: error, or skip (masked and counted).
+    """
+
+    k: int = Field(default=64, ge=1)
+    logits: Literal["steps16", "steps8", "float16", "float32"] = "steps16"
+    draws: int = Field(default=0, ge=0)
+    hidden: tuple[HiddenConfig, ...] = ()
+    exact: bool = False
+    on_invalid: Literal["error", "skip"] = "error"
+
+
+class StoreConfig(Section):
+    """How the store is cut.
+
+    Attributes:
+        shard_positions: Positions a shard has room for; what at most is lost when a capture is killed.
+        chunk_positions: Positions compressed together.
+    """
+
+    shard_positions: int = Field(default=65536, ge=1)
+    chunk_positions: int = Field(default=4096, ge=1)
+
+
+class LicencesConfig(Section):
+    """Under which terms the store may be shared; recorded, not interpreted.
+
+    Attributes:
+        teacher: Licence of the teacher.
+        data: Licence of the data.
+    """
+
+    teacher: str | None = None
+    data: str | None = None
+
+
+class CaptureConfig(Section):
+    """One run of a teacher over a source."""
+
+    source: SourceConfig
+    teacher: TeacherConfig
+    samples: SamplesConfig = SamplesConfig()
+    targets: TargetsConfig = TargetsConfig()
+    store: StoreConfig = StoreConfig()
+    licences: LicencesConfig = LicencesConfig()
+    seed: int = 0

@@ -1,0 +1,219 @@
+"""One shard's rows from the teacher: batches under a budget, shrunk on out-of-memory, put back in order.
+
+Legend: `N` positions of the shard, `K` kept, `M` draws, `D` hidden width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.capture.config import CaptureConfig
+from kdcache.errors import ConfigError, TeacherMemoryError, TeacherNumericsError
+from kdcache.samples import SampleSet, SampleTokens
+from kdcache.store.schema import COUNTS, INVALID, MASKED
+from kdcache.targets.measure import measure_rows
+from kdcache.targets.tensor import TensorTargets
+from kdcache.teachers import Teacher, TeacherOutput
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class ShardRows:
+    """Decoded values of every column of one shard, filled batch by batch.
+
+    Attributes:
+        columns: Column name to values [N, ...].
+        pooled: Sample-table column to values [S, D].
+        retries: Batches that were halved for want of memory.
+    """
+
+    columns: dict[str, Array]
+    pooled: dict[str, Array] = field(default_factory=dict)
+    retries: int = 0
+
+
+class RowMaker:
+    """Runs the teacher over the samples of a shard.
+
+    Args:
+        config: The capture.
+        teacher: The frozen model.
+        samples: All samples.
+    """
+
+    def __init__(self, config: CaptureConfig, teacher: Teacher, samples: SampleSet) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._samples = samples
+        self._layers = [one.layer for one in config.targets.hidden]
+        if config.targets.exact and "final" not in self._layers:
+            self._layers.append("final")
+        self._budget = config.teacher.batch_positions
+
+    def shard(self, first: int, count: int, done: Callable[[int], None]) -> ShardRows:
+        """Return the rows of samples first to first + count.
+
+        Batches are a pure function of the samples' lengths and the budget, so a resumed capture repeats them.
+
+        Args:
+            first: Number of the first sample.
+            count: Samples of the shard.
+            done: Called with the positions of every finished batch.
+
+        Raises:
+            TeacherNumericsError: A row has NaN or infinite logits and the config says error.
+            TeacherMemoryError: One sample alone does not fit.
+        """
+        rows = self._samples.lengths[first : first + count] - 1
+        starts = np.concatenate([[0], np.cumsum(rows)])
+        made = ShardRows({})
+        for batch in self._batches(rows):
+            self._fill(made, first, batch, starts)
+            done(int(rows[batch].sum()))
+        return made
+
+    def _batches(self, rows: Array) -> Iterator[Array]:
+        order = np.argsort(-rows, kind="stable")
+        start = 0
+        while start < len(order):
+            size = max(1, self._budget // int(rows[order[start]]))
+            yield order[start : start + size]
+            start += size
+
+    def _fill(self, made: ShardRows, first: int, batch: Array, starts: Array) -> None:
+        samples = [self._samples[first + int(number)] for number in batch]
+        try:
+            columns, pooled = self._measured(samples, first + batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise TeacherMemoryError(
+                    f"The teacher runs out of memory on one sample of {len(samples[0].tokens)} tokens.",
+                    where=samples[0].id,
+                    hint="Lower samples.max_length, or use a smaller dtype or a larger device.",
+                ) from error
+            made.retries += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = len(batch) // 2
+            self._fill(made, first, batch[:half], starts)
+            self._fill(made, first, batch[half:], starts)
+            return
+        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in batch])
+        for name, values in columns.items():
+            if name not in made.columns:
+                made.columns[name] = np.zeros((int(starts[-1]), *values.shape[1:]), dtype=values.dtype)
+            made.columns[name][places] = values
+        for name, values in pooled.items():
+            if name not in made.pooled:
+                made.pooled[name] = np.zeros((len(starts) - 1, *values.shape[1:]), dtype=np.float32)
+            made.pooled[name][batch] = values
+
+    def _measured(self, samples: Sequence[SampleTokens], numbers: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        config = self._config.targets
+        labels = np.concatenate([sample.tokens[1:] for sample in samples])
+        output = self._teacher.forward([sample.tokens[:-1] for sample in samples], self._layers)
+        if config.k > self._teacher.vocab_size:
+            raise ConfigError(
+                f"k = {config.k} is over the vocabulary of {self._teacher.vocab_size}.", where="targets.k"
+            )
+        with torch.inference_mode():
+            targets = measure_rows(
+                output.rows,
+                torch.from_numpy(labels).to(output.rows.device),
+                k=config.k,
+                head=output.head,
+                uniforms=self._uniforms(samples, numbers, output),
+            )
+        mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
+        targets, mask = self._checked(targets, mask, samples)
+        compact = targets.numpy()
+        columns: dict[str, Array] = {
+            "input_ids": np.concatenate([sample.tokens[:-1] for sample in samples]).astype(np.int32),
+            "labels": labels.astype(np.int32),
+            "loss_mask": mask,
+            "head_ids": compact.ids,
+            "head_logits": compact.logits,
+            "tail_log_partition": compact.tail,
+            "label_logit": compact.label_logit,
+        }
+        if compact.draw_ids is not None and compact.draw_logits is not None:
+            columns |= {"draw_ids": compact.draw_ids, "draw_logits": compact.draw_logits}
+        return self._features(columns, output, mask, samples)
+
+    def _features(
+        self, columns: dict[str, Array], output: TeacherOutput, mask: Array, samples: Sequence[SampleTokens]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        pooled = {}
+        wanted = {one.layer: one.keep for one in self._config.targets.hidden}
+        if self._config.targets.exact:
+            wanted["final"] = "all"
+        for layer, keep in wanted.items():
+            values = output.hidden[layer].float().cpu().numpy()
+            values = np.where((mask == INVALID)[:, None], np.float32(0), values)
+            if keep == "pooled":
+                ends = np.cumsum([len(sample.loss_mask) for sample in samples])[:-1]
+                pairs = zip(np.split(values, ends), np.split(mask == COUNTS, ends), strict=True)
+                pooled[f"hidden.{layer}"] = np.stack([_mean(rows, counts) for rows, counts in pairs])
+                continue
+            columns[f"hidden.{layer}"] = values * (mask == COUNTS)[:, None] if keep == "masked" else values
+        return columns, pooled
+
+    def _uniforms(
+        self, samples: Sequence[SampleTokens], numbers: Array, output: TeacherOutput
+    ) -> "torch.Tensor | None":
+        draws = self._config.targets.draws
+        if not draws:
+            return None
+        # keyed by sample, not by batch: batching, resuming and several writers draw the same ids
+        parts = [
+            np.random.Generator(np.random.Philox(key=[self._config.seed, int(number)])).random(
+                (len(sample.loss_mask), draws)
+            )
+            for sample, number in zip(samples, numbers, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(parts)).to(output.rows.device)
+
+    def _checked(
+        self, targets: TensorTargets, mask: Array, samples: Sequence[SampleTokens]
+    ) -> tuple[TensorTargets, Array]:
+        bad = ~(torch.isfinite(targets.logits).all(1) & torch.isfinite(targets.label_logit))
+        if not bool(bad.any()):
+            return targets, mask
+        row = int(bad.nonzero()[0])
+        if self._config.targets.on_invalid == "error":
+            for sample in samples:
+                if row < len(sample.loss_mask):
+                    break
+                row -= len(sample.loss_mask)
+            raise TeacherNumericsError(
+                "The teacher's logits are NaN or infinite.",
+                where=f"sample {sample.id}, row {row}",
+                hint="Try teacher.dtype=float32 or bfloat16, or set targets.on_invalid=skip to mask such positions.",
+            )
+        count, k = int(bad.sum()), targets.k
+        targets.ids[bad] = torch.arange(k, device=bad.device).expand(count, k)
+        for values in (targets.logits, targets.tail, targets.label_logit, targets.draw_ids, targets.draw_logits):
+            if values is not None:
+                values[bad] = 0
+        return targets, np.where(bad.cpu().numpy(), INVALID, mask).astype(np.int32)
+
+
+def _mean(rows: Array, counts: Array) -> Array:
+    kept = rows[counts] if counts.any() else rows
+    return kept.mean(axis=0)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )

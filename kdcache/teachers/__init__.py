@@ -1,0 +1,145 @@
+"""Frozen models: one file is one way to run one.
+
+Legend: `S` samples, `N` positions of all of them, `D` hidden width, `V` vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache import registry
+from kdcache.config import Section
+from kdcache.errors import ConfigError
+from kdcache.targets.tensor import OutputHead
+
+
+class TeacherConfig(Section):
+    """Which model, and how it runs.
+
+    Attributes:
+        model: Folder, hub name, GGUF file (or a folder holding one), or `module:attribute` for a callable or
+            nn.Module; `module:attribute()` calls it first.
+        kind: transformers, callable, a plug-in's name; auto goes by `model`.
+        dtype: Of the weights and of the forward pass; auto takes the checkpoint's.
+        device: cpu, cuda, cuda:1, mps; auto takes the accelerator if there is one.
+        compile: Run the model through torch.compile.
+        gguf_file: Name of the GGUF file in the folder, where it holds several.
+        revision: Of a hub model; the commit it resolves to is recorded.
+        tokenizer: Folder or hub name; default: the model's own.
+        trust_remote_code: Run code that comes with the model.
+        batch_positions: Positions of a forward batch at most, padding included; halved on out-of-memory.
+    """
+
+    model: str
+    kind: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    gguf_file: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    batch_positions: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOutput:
+    """What a teacher gives for a batch, on its device.
+
+    Attributes:
+        rows: Last hidden states [N, D] when `head` is set, else raw logits [N, V]; samples one after the other.
+        head: The output layer that turns rows into logits, or None.
+        hidden: Layer name to features [N, D].
+    """
+
+    rows: Tensor
+    head: OutputHead | None = None
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """A frozen model that gives one row a position; loads its weights on first use."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the length of a row of logits."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest input in tokens, None where there is no limit."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of weights, configuration and dtype; holds no absolute path."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+
+    def tokenizer(self) -> Any:
+        """Return the model's transformers tokenizer, or None."""
+
+    def hidden_width(self, layer: str) -> int:
+        """Return D of a layer; an unknown layer is a ConfigError that lists those there are."""
+
+    def output_head(self) -> OutputHead | None:
+        """Return the output layer, or None where the model only gives logits."""
+
+    def forward(self, inputs: Sequence[NDArray[np.int64]], layers: Sequence[str] = ()) -> TeacherOutput:
+        """Return the rows of some samples, given their inputs (each sample's tokens but the last).
+
+        Raises:
+            TeacherError: The model failed; out-of-memory errors of torch are passed on as they are.
+        """
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """Return the teacher that a config names.
+
+    Raises:
+        ConfigError: No such kind, device or dtype.
+        AccessError: The model is not there or does not load.
+    """
+    kind = config.kind
+    if kind == "auto":
+        kind = "callable" if ":" in config.model and "/" not in config.model.split(":")[0] else "transformers"
+    teacher: Teacher = registry.find("kdcache.teachers", kind)(config)
+    return teacher
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; auto is the accelerator if there is one.
+
+    Raises:
+        ConfigError: torch does not know the name, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            where="teacher.device",
+            hint="Use auto, cpu, cuda or mps.",
+        ) from error
+    return device
+
+
+def padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return right-padded ids [S, T] and their mask bool [S, T]; pads are id 0."""
+    longest = max(len(one) for one in inputs)
+    ids = np.zeros((len(inputs), longest), dtype=np.int64)
+    mask = np.zeros((len(inputs), longest), dtype=np.bool_)
+    for row, one in enumerate(inputs):
+        ids[row, : len(one)] = one
+        mask[row, : len(one)] = True
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
