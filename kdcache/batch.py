@@ -1,0 +1,101 @@
+"""What a student's step consumes, the same from a store and from a live teacher.
+
+Legend: `N` positions of the batch, `S` its samples, `T` longest sample, `D` hidden width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kdcache.targets.tensor import OutputHead, TensorTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A batch as a rectangle.
+
+    Attributes:
+        input_ids: int64 [S, T], right-padded.
+        attention_mask: int64 [S, T], 1 for real tokens.
+        index: int64 [N], where the flat rows are in the flattened rectangle [S * T].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some samples, their positions one after the other: no padding.
+
+    Attributes:
+        input_ids: int64 [N], what the student sees.
+        labels: int64 [N], the next token.
+        mask: bool [N], where the label counts.
+        offsets: int64 [S+1], sample i has positions offsets[i] to offsets[i+1].
+        sample_index: int64 [S], number of each sample in the store.
+        targets: The teacher's rows, or None where they were not asked for.
+        hidden: Layer name to the teacher's features [N, D].
+        output_head: The teacher's output layer, for the tail policy `exact`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    offsets: Tensor
+    sample_index: Tensor
+    targets: TensorTargets | None = None
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    output_head: OutputHead | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return len(self.input_ids)
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return len(self.sample_index)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Return the batch on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            mask=self.mask.to(device, non_blocking=non_blocking),
+            offsets=self.offsets.to(device, non_blocking=non_blocking),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
+            hidden={name: one.to(device, non_blocking=non_blocking) for name, one in self.hidden.items()},
+            output_head=None if self.output_head is None else self.output_head.to(device),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked host memory."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            mask=self.mask.pin_memory(),
+            targets=None if self.targets is None else self.targets.pin_memory(),
+            hidden={name: one.pin_memory() for name, one in self.hidden.items()},
+        )
+
+    def padded(self, pad_id: int = 0) -> Padded:
+        """Return the right-padded rectangle; a causal model's real positions do not see the padding.
+
+        Args:
+            pad_id: Id of the padding.
+        """
+        lengths = self.offsets.diff()
+        longest = int(lengths.max())
+        place = torch.arange(longest, device=lengths.device)
+        mask = place[None] < lengths[:, None]
+        index = mask.flatten().nonzero()[:, 0]
+        ids = self.input_ids.new_full((self.num_samples * longest,), pad_id)
+        ids[index] = self.input_ids
+        return Padded(ids.view(-1, longest), mask.long(), index)

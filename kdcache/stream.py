@@ -1,0 +1,309 @@
+"""Stage 2 input: a store as ordered, resumable batches.
+
+Legend: `N` positions of a batch, `S` samples of the store.
+
+The order is a pure function of (seed, epoch, shard layout). Global batch g is the g-th run of batch_size * world_size samples in
+it; rank r takes every world_size-th of them from r. Neither workers nor prefetching change it, so the state that
+resumes a run is one number: the batches consumed.
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from kdcache.batch import Batch
+from kdcache.config import Section
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.store import Shard, Store, open_store
+from kdcache.store.schema import COUNTS
+from kdcache.targets.tensor import TensorTargets
+
+INPUTS = ("input_ids", "labels", "loss_mask")
+TARGETS = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
+DRAWS = ("draw_ids", "draw_logits")
+
+STATE_VERSION = 1
+PREFETCH = 4
+"""Batches made ahead by the prefetch thread, or by each worker."""
+
+
+class StreamConfig(Section):
+    """How a store is read.
+
+    Attributes:
+        batch_size: Samples a batch and rank.
+        seed: Of the order.
+        shuffle: Permute shards, and samples within pools of shards; else the store's own order.
+        pool_shards: Shards whose samples are mixed, and that a process holds decoded at a time.
+        targets: Read the teacher's rows.
+        draws: Read the tail draws too.
+        hidden: Layers whose features are read.
+        workers: Processes that read; 0 reads in a thread of this process.
+        rank: This process's number.
+        world_size: Processes that share the epoch; with more than one, an unfilled last global batch is left out.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+    shuffle: bool = True
+    pool_shards: int = 4
+    targets: bool = True
+    draws: bool = False
+    hidden: tuple[str, ...] = ()
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+def sample_order(counts: Sequence[int], *, seed: int, epoch: int, pool_shards: int) -> NDArray[np.int64]:
+    """Return the numbers [S] of all samples in the shuffled order of an epoch.
+
+    Shards are permuted, taken `pool_shards` at a time, and the samples of each such pool permuted; a Philox
+    generator keyed by (seed, epoch) draws both.
+
+    Args:
+        counts: Samples of each shard.
+        seed: Of the run.
+        epoch: Counts from 0.
+        pool_shards: Shards of a pool.
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    shards = random.permutation(len(counts))
+    pools = []
+    for start in range(0, len(shards), pool_shards):
+        members = [np.arange(firsts[one], firsts[one + 1]) for one in shards[start : start + pool_shards]]
+        pools.append(random.permutation(np.concatenate(members)))
+    return np.concatenate(pools) if pools else np.zeros(0, dtype=np.int64)
+
+
+class StreamDataset(IterableDataset[Batch]):
+    """The batches of one epoch for one rank, for any torch DataLoader with `batch_size=None`.
+
+    Worker w of n gives every n-th batch from w, so the DataLoader's round robin restores the order. The store
+    is opened in the process that reads it, so fork and spawn both work.
+
+    Attributes:
+        epoch: Which epoch to give.
+        start: Batches of it to leave out.
+    """
+
+    def __init__(self, store: Store | Path | str, config: StreamConfig) -> None:
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._config = config
+        self.epoch = 0
+        self.start = 0
+        _require_columns(self._store, config)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole = self._config.batch_size * self._config.world_size
+        count = len(self._store)
+        return count // whole if self._config.world_size > 1 else -(-count // whole)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        config, shards = self._config, self._store.shards
+        if config.shuffle:
+            counts = [shard.samples for shard in shards]
+            order = sample_order(counts, seed=config.seed, epoch=self.epoch, pool_shards=config.pool_shards)
+        else:
+            order = np.arange(len(self._store))
+        reader = _PoolReader(self._store, config)
+        whole = config.batch_size * config.world_size
+        for number in range(self.start + first, len(self), step):
+            yield reader.batch(order[number * whole : (number + 1) * whole][config.rank :: config.world_size])
+
+
+class Loader:
+    """Batches of a store, epoch after epoch, with exact resume in the middle of one.
+
+    Iterating gives the rest of the current epoch, then moves to the next. Not safe to iterate twice at once.
+
+    Args:
+        store: An open store, or its folder.
+        config: How to read it.
+
+    Attributes:
+        epoch: The current epoch.
+        batches: Batches of it that were consumed.
+    """
+
+    def __init__(self, store: Store | Path | str, config: StreamConfig | None = None) -> None:
+        self.config = config or StreamConfig()
+        self.store = store if isinstance(store, Store) else open_store(store)
+        self.epoch = 0
+        self.batches = 0
+        self._dataset = StreamDataset(self.store, self.config)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch, self.batches = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._dataset.epoch, self._dataset.start = self.epoch, self.batches
+        if self.config.workers:
+            source: Iterator[Batch] = iter(
+                DataLoader(self._dataset, batch_size=None, num_workers=self.config.workers, prefetch_factor=PREFETCH)
+            )
+        else:
+            source = _prefetched(iter(self._dataset))
+        for batch in source:
+            self.batches += 1
+            yield batch
+        self.set_epoch(self.epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resumes after the batches given so far: a few numbers, JSON-ready."""
+        return {
+            "version": STATE_VERSION,
+            "digest": self.store.digest,
+            "seed": self.config.seed,
+            "shuffle": self.config.shuffle,
+            "pool_shards": self.config.pool_shards,
+            "global_batch": self.config.batch_size * self.config.world_size,
+            "epoch": self.epoch,
+            "batches": self.batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a state was taken, with any number of workers or ranks.
+
+        Raises:
+            MismatchError: The state is of another store, order or global batch.
+        """
+        mine = self.state_dict()
+        wrong = [key for key in mine if key not in ("epoch", "batches") and state.get(key) != mine[key]]
+        if wrong:
+            raise MismatchError(
+                "The state belongs to another stream: "
+                + "; ".join(f"{key} was {state.get(key)!r}, now {mine[key]!r}" for key in wrong)
+                + ".",
+                hint="Resume with the store and the data settings that the run began with.",
+            )
+        self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
+
+
+class _PoolReader:
+    """Makes batches from decoded shards, of which it holds as many as a pool has."""
+
+    def __init__(self, store: Store, config: StreamConfig) -> None:
+        self._store = store
+        self._config = config
+        self._columns = _columns(store, config)
+        self._firsts = np.asarray([shard.first_sample for shard in store.shards])
+        self._held: OrderedDict[int, Shard] = OrderedDict()
+
+    def batch(self, numbers: NDArray[np.int64]) -> Batch:
+        """Return the samples of these numbers as one batch."""
+        places = []
+        for number in numbers:
+            shard = self._shard(int(np.searchsorted(self._firsts, number, side="right")) - 1)
+            inside = int(number) - shard.first_sample
+            places.append((shard, slice(int(shard.offsets[inside]), int(shard.offsets[inside + 1]))))
+        columns = {
+            name: np.concatenate([shard.columns[name][rows] for shard, rows in places]) for name in self._columns
+        }
+        lengths = [rows.stop - rows.start for _, rows in places]
+        return Batch(
+            input_ids=_ids(columns["input_ids"]),
+            labels=_ids(columns["labels"]),
+            mask=torch.from_numpy(columns["loss_mask"] == COUNTS),
+            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
+            sample_index=torch.from_numpy(numbers.astype(np.int64)),
+            targets=_targets(columns, self._store.vocab_size) if self._config.targets else None,
+            hidden={name: torch.from_numpy(columns[f"hidden.{name}"]) for name in self._config.hidden},
+        )
+
+    def _shard(self, index: int) -> Shard:
+        if index not in self._held:
+            while len(self._held) >= self._config.pool_shards:
+                self._held.popitem(last=False)
+            self._held[index] = self._store.read_shard(index, self._columns)
+        self._held.move_to_end(index)
+        return self._held[index]
+
+
+def _columns(store: Store, config: StreamConfig) -> list[str]:
+    names = list(INPUTS)
+    if config.targets:
+        names += TARGETS
+    if config.draws:
+        names += DRAWS
+    return names + [f"hidden.{layer}" for layer in config.hidden]
+
+
+def _require_columns(store: Store, config: StreamConfig) -> None:
+    for name in _columns(store, config):
+        if name not in store.columns:
+            layers = [column.removeprefix("hidden.") for column in store.columns if column.startswith("hidden.")]
+            raise ConfigError(
+                f"The store has no column {name!r}.",
+                where=str(store.path),
+                hint=f"It keeps hidden layers {layers} and {'has' if 'draw_ids' in store.columns else 'no'} tail draws; "
+                "capture again with what is needed.",
+            )
+
+
+def _targets(columns: dict[str, NDArray[Any]], vocab_size: int) -> TensorTargets:
+    return TensorTargets(
+        ids=_ids(columns["head_ids"]),
+        logits=torch.from_numpy(columns["head_logits"]),
+        tail=torch.from_numpy(columns["tail_log_partition"]),
+        label_logit=torch.from_numpy(columns["label_logit"]),
+        vocab_size=vocab_size,
+        draw_ids=_ids(columns["draw_ids"]) if "draw_ids" in columns else None,
+        draw_logits=torch.from_numpy(columns["draw_logits"]) if "draw_logits" in columns else None,
+    )
+
+
+def _ids(values: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _prefetched(source: Iterator[Batch]) -> Iterator[Batch]:
+    """Give the items of an iterator, made ahead by a thread that stops when the consumer does."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=PREFETCH)
+    stop = threading.Event()
+    end = object()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def produce() -> None:
+        try:
+            for item in source:
+                if not put(item):
+                    return
+            put(end)
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(error)
+
+    thread = threading.Thread(target=produce, name="kdcache-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
