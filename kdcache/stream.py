@@ -2,9 +2,9 @@
 
 Legend: `N` positions of a batch, `S` samples of the store.
 
-The order is a pure function of (seed, epoch, shard layout). Global batch g is the g-th run of batch_size * world_size samples in
-it; rank r takes every world_size-th of them from r. Neither workers nor prefetching change it, so the state that
-resumes a run is one number: the batches consumed.
+The order is a pure function of (seed, epoch, shard layout). Global batch g is the g-th run of batch_size * world_size
+samples in it; rank r takes every world_size-th of them from r. Neither workers nor prefetching change it, so the
+state that resumes a run is one number: the batches consumed.
 """
 
 import queue
@@ -254,8 +254,8 @@ def _require_columns(store: Store, config: StreamConfig) -> None:
             raise ConfigError(
                 f"The store has no column {name!r}.",
                 where=str(store.path),
-                hint=f"It keeps hidden layers {layers} and {'has' if 'draw_ids' in store.columns else 'no'} tail draws; "
-                "capture again with what is needed.",
+                hint=f"It keeps hidden layers {layers} and "
+                f"{'has' if 'draw_ids' in store.columns else 'no'} tail draws; capture again with what is needed.",
             )
 
 

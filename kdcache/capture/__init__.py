@@ -1,15 +1,12 @@
 """Stage 1: run the teacher once over a source and write what it knew, resumable by shard."""
 
 import platform
-import resource
 import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +19,7 @@ import torch
 from kdcache.capture.config import CaptureConfig, HiddenConfig, TargetsConfig
 from kdcache.capture.rows import RowMaker
 from kdcache.errors import ConfigError, Interrupted
+from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
 from kdcache.store import (
@@ -212,7 +210,7 @@ class _Run:
     def run(self) -> CaptureResult:
         """Capture every shard that is not committed, then seal the store."""
         rows = RowMaker(self._config, self._teacher, self._samples)
-        with _stop_signals() as stopped, ThreadPoolExecutor(1, thread_name_prefix="kdcache-write") as behind:
+        with stop_signals() as stopped, ThreadPoolExecutor(1, thread_name_prefix="kdcache-write") as behind:
             try:
                 for index in range(len(self._writer.plan.shards)):
                     if index not in self._writer.committed:
@@ -309,12 +307,6 @@ class _Run:
         }
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident size this process has had."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def _columns(config: TargetsConfig, teacher: Teacher) -> Any:
     layers = {one.layer: one for one in config.hidden}
     if len(layers) != len(config.hidden):
@@ -365,25 +357,3 @@ def _settings(config: CaptureConfig) -> dict[str, Any]:
 
 def _skipped(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if name.startswith(("skipped", "truncated"))}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM or the first Ctrl-C sets; a second one acts as usual."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, _frame: Any) -> None:
-        stopped.set()
-        signal.signal(number, before[number] or signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -60,7 +60,7 @@ def exact_divergence(
 
     parts = [
         checkpoint(one_chunk, student, teacher, use_reentrant=False, preserve_rng_state=False)
-        for student, teacher in zip(student_hidden.split(chunk), teacher_hidden.split(chunk), strict=True)
+        for student, teacher in zip(torch.split(student_hidden, chunk), torch.split(teacher_hidden, chunk), strict=True)
     ]
     return torch.cat(parts)
 

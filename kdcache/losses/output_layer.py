@@ -63,7 +63,7 @@ def output_layer(
         dtype = torch.get_autocast_dtype(device)
     setting = _Setting(head.scale, head.softcap, inverse_temperatures, chunk, dtype)
     with torch.autocast(device, enabled=False):
-        head_logits, extra_logits, rest = _OutputLayer.apply(
+        head_logits, extra_logits, rest = _OutputLayer.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, head_ids, extra_ids, setting
         )
     return head_logits, extra_logits, rest
@@ -158,7 +158,7 @@ class _OutputLayer(torch.autograd.Function):
         return head, extra, rest
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, head_ids, extra_ids, rest = ctx.saved_tensors
         setting: _Setting = ctx.setting

@@ -21,7 +21,8 @@ from torch import Tensor
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.losses import Pair
 from kdcache.losses.output_layer import log_partition
-from kdcache.targets import inverse
+from kdcache.targets import NODES, inverse
+from kdcache.targets.log_partition import LIMIT
 from kdcache.targets.tensor import TensorTargets
 
 POLICY_KIND = {"exact": "exact", "sampled": "unbiased", "bucket": "bound", "renormalise": "biased"}
@@ -51,13 +52,20 @@ def bucket(targets: TensorTargets, head_logits: Tensor, rest: Tensor, temperatur
 
 
 def sampled(
-    targets: TensorTargets, head_logits: Tensor, rest: Tensor, temperature: float, draw_logits: Tensor
+    targets: TensorTargets,
+    head_logits: Tensor,
+    rest: Tensor,
+    temperature: float,
+    draw_logits: Tensor,
 ) -> Pair:
-    """Return K outcomes that count once and M tail draws with weight 1 / (M * proposal): unbiased.
+    """Return the head, each id once, and M tail draws with weight 1 / (M * proposal): unbiased.
 
     Probabilities of both sides are those of the whole vocabulary, so the weighted sum estimates the sum over
     all ids of any function of p and q, at any temperature; its gradient is unbiased too. Both sides must
     have one vocabulary: cut a larger student head with `first_ids`, or its padding's mass is left out.
+
+    Where the tail is empty or lies more than 32 nats below the head (masked ids), its draws say nothing and
+    count nothing; the tail counts as one outcome instead. So there are K + 1 + M outcomes.
 
     Args:
         targets: The teacher at N positions, with tail draws.
@@ -75,13 +83,15 @@ def sampled(
             hint="Capture with tail draws, or train with the tail policy bucket.",
         )
     b = inverse(temperature)
-    drawn = targets.draw_logits * b - targets.log_partition(temperature)[:, None]
-    log_p = torch.cat([_teacher_head(targets, temperature), drawn], dim=1)
-    log_z = log_partition(head_logits, rest, b)[:, None]
-    log_q = torch.cat([head_logits, draw_logits], dim=1) * b - log_z
-    proposal = targets.draw_log_proposal()
-    weight = torch.cat([torch.ones_like(targets.logits), torch.exp(-proposal) / proposal.shape[1]], dim=1)
-    return Pair(log_p, log_q, weight)
+    merged = bucket(targets, head_logits, rest, temperature)
+    drawn_p = targets.draw_logits * b - targets.log_partition(temperature)[:, None]
+    drawn_q = draw_logits * b - log_partition(head_logits, rest, b)[:, None]
+    # a stored log-partition at its limit is not the one that the draws were drawn with
+    unknown = targets.tail[:, NODES.index(1.0), None] <= -LIMIT
+    proposal = targets.draw_log_proposal().masked_fill(unknown, torch.inf)
+    once = torch.ones_like(targets.logits)
+    weight = torch.cat([once, unknown.to(once.dtype), torch.exp(-proposal) / proposal.shape[1]], dim=1)
+    return Pair(torch.cat([merged.log_p, drawn_p], dim=1), torch.cat([merged.log_q, drawn_q], dim=1), weight)
 
 
 def renormalise(targets: TensorTargets, head_logits: Tensor, rest: Tensor, temperature: float) -> Pair:

@@ -142,20 +142,23 @@ class TransformersTeacher:
         from transformers import AutoModelForCausalLM
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self._folder,
-                dtype=self.dtype,
-                revision=self._config.revision,
-                trust_remote_code=self._config.trust_remote_code,
-                use_safetensors=True,
-            )
+            # first used inside inference mode, whose tensors a student's autograd could not read later
+            with torch.inference_mode(False):
+                model = AutoModelForCausalLM.from_pretrained(
+                    self._folder,
+                    dtype=self.dtype,
+                    revision=self._config.revision,
+                    trust_remote_code=self._config.trust_remote_code,
+                    use_safetensors=True,
+                )
+                model = model.to(self._device).eval().requires_grad_(False)
         except Exception as error:
             raise AccessError(
                 f"The teacher does not load: {str(error).splitlines()[0]}",
                 where=self._config.model,
                 hint="It must be a causal language model with safetensors weights.",
             ) from error
-        return model.to(self._device).eval().requires_grad_(False)
+        return model
 
     @cached_property
     def _body(self) -> Any:

@@ -1,0 +1,165 @@
+"""The keys of a training run; a student is enough."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdcache.config import Section
+
+
+class Schedule(Section):
+    """A value that changes over a run.
+
+    Attributes:
+        start: At the first step.
+        end: At the last step.
+        schedule: How it goes from one to the other.
+    """
+
+    start: float
+    end: float
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+
+
+class StudentConfig(Section):
+    """Which model is trained; exactly one of model, config and factory.
+
+    Attributes:
+        model: Folder or hub name of a checkpoint.
+        config: A transformers configuration from scratch: model_type and its sizes; the vocabulary is the teacher's.
+        factory: `module:function`, called with `vocab_size`, returning an nn.Module from (input_ids, attention_mask)
+            [S, T] to logits [S, T, V] (or an object with `.logits`).
+        dtype: Of the weights.
+        revision: Of a hub model.
+    """
+
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    factory: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "StudentConfig":
+        if sum(value is not None for value in (self.model, self.config, self.factory)) != 1:
+            raise ValueError("give exactly one of model, config and factory")
+        return self
+
+
+class DataConfig(Section):
+    """What is read, and in which order.
+
+    Attributes:
+        batch_size: Samples of a micro-batch and rank.
+        workers: Processes that read; 0 reads in a thread.
+        seed: Of the order; default: the run's.
+        shuffle: In the order of (seed, epoch), else the store's.
+        pool_shards: Shards whose samples are mixed.
+        validation: A held-out store, for validation and early stopping.
+    """
+
+    batch_size: int = Field(default=8, ge=1)
+    workers: int = Field(default=0, ge=0)
+    seed: int | None = None
+    shuffle: bool = True
+    pool_shards: int = Field(default=4, ge=1)
+    validation: str | None = None
+
+
+class HiddenLossConfig(Section):
+    """One pair of layers that are made alike.
+
+    Attributes:
+        teacher: Layer name in the store.
+        student: final, embedding, or the number of a layer from 1.
+        kind: mse or cosine, after a learned projection of the student's features.
+        weight: Factor on the term.
+    """
+
+    teacher: str = "final"
+    student: str = "final"
+    kind: Literal["mse", "cosine"] = "mse"
+    weight: float = 1.0
+
+
+class LossConfig(Section):
+    """alpha * T**2 * divergence(T) + (1 - alpha) * cross-entropy + the hidden terms, averaged over positions.
+
+    Attributes:
+        divergence: forward_kl, reverse_kl, jsd, or a plug-in's name.
+        beta: Of jsd.
+        temperature: T of both sides; a number or a schedule.
+        alpha: Weight of the divergence; 0 is hard labels alone, and the teacher's rows are not read.
+        tail: bucket (a lower bound), sampled (unbiased, needs draws), exact (needs an exact store), or renormalise
+            (biased, to compare).
+        hidden: Pairs of layers.
+        chunk_positions: Positions of the output layer at a time: the largest tensor is this many rows of logits.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    temperature: float | Schedule = 1.0
+    alpha: float | Schedule = 0.9
+    tail: Literal["bucket", "sampled", "exact", "renormalise"] = "bucket"
+    hidden: tuple[HiddenLossConfig, ...] = ()
+    chunk_positions: int = Field(default=512, ge=1)
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up and decay.
+
+    Attributes:
+        learning_rate: At its highest.
+        betas: Of AdamW.
+        weight_decay: On matrices; not on biases and norms.
+        warmup_steps: Steps of linear rise.
+        schedule: From there to the end.
+        final_share: Share of the learning rate left at the end.
+        clip_norm: Largest norm of the gradient; 0 for no limit.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_share: float = 0.05
+    clip_norm: float = 1.0
+
+
+class RunConfig(Section):
+    """How long, and what is kept.
+
+    Attributes:
+        epochs: Passes over the store; ignored where `steps` is set.
+        steps: Optimiser steps.
+        accumulation: Micro-batches a step.
+        precision: Autocast of the forward pass.
+        device: auto, cpu or cuda; ranks of a launcher take their own.
+        seed: Of the student's weights, dropout and order.
+        checkpoint_every: Steps between checkpoints; 0 keeps one at the end of every epoch.
+        validate_every: Steps between validations; 0 validates at the end of every epoch.
+        metric: What early stopping looks at.
+        patience: Validations without a better metric before stopping; 0 never stops early.
+    """
+
+    epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    checkpoint_every: int = Field(default=0, ge=0)
+    validate_every: int = Field(default=0, ge=0)
+    metric: Literal["cross_entropy", "kl"] = "cross_entropy"
+    patience: int = Field(default=0, ge=0)
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    student: StudentConfig
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()

@@ -1,0 +1,240 @@
+"""The model that is trained: built, checked against the store, and run to what the losses need.
+
+Legend: `S` samples, `T` longest, `N` positions, `D` width, `V` vocabulary.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.batch import Padded
+from kdcache.errors import AccessError, ConfigError, MismatchError, TrainingError
+from kdcache.store import Store
+from kdcache.targets.tensor import OutputHead
+from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
+from kdcache.train.config import StudentConfig
+
+PROBE = (5, 1, 4, 2, 3, 6, 0, 7)
+"""Ids of the input on which the fused output layer is compared with the model's own logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentOutput:
+    """What the student gives for a batch, flat: either hidden states and an output head, or logits.
+
+    Attributes:
+        hidden: Last hidden states [N, D], or None for a student that only gives logits.
+        head: Its output layer, or None.
+        logits: [N, V], or None.
+        layers: Layer name to features [N, D].
+    """
+
+    hidden: Tensor | None
+    head: OutputHead | None
+    logits: Tensor | None
+    layers: Mapping[str, Tensor]
+
+
+def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Module:
+    """Return the student with its weights, checked against the store before any step.
+
+    Raises:
+        MismatchError: Its vocabulary is smaller than the teacher's, or its tokenizer is another.
+        AccessError: The checkpoint does not load.
+        ConfigError: The configuration or factory does not make a model.
+    """
+    torch.manual_seed(seed)
+    if config.factory is not None:
+        return _from_factory(config.factory, store.vocab_size)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.config is not None:
+        sizes = {"vocab_size": store.vocab_size, **config.config}
+        try:
+            kind = sizes.pop("model_type")
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        except Exception as error:
+            raise ConfigError(
+                f"The student's config makes no model: {type(error).__name__}: {str(error).splitlines()[0]}",
+                where="student.config",
+                hint="Write model_type: llama and the sizes of that type's transformers configuration.",
+            ) from error
+        model = model.to(getattr(torch, config.dtype))
+    else:
+        model = _from_checkpoint(config, store)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < store.vocab_size:
+        raise MismatchError(
+            f"The student has {rows} embeddings, and the teacher's vocabulary is {store.vocab_size}.",
+            where="student",
+            hint="Use a student with the teacher's tokenizer, or resize its embeddings.",
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Say whether the model's logits are its output layer on its last hidden state, by trying one input."""
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
+        return False
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        return False
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            ids = torch.tensor([PROBE], device=device) % model.get_input_embeddings().weight.shape[0]
+            own = model(input_ids=ids).logits.float()
+            ours = head_of(model).logits(model.base_model(input_ids=ids).last_hidden_state).float()
+            return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-2, atol=1e-2)
+    except (TypeError, AttributeError, RuntimeError):
+        return False
+    finally:
+        model.train(training)
+
+
+def head_of(model: Any) -> OutputHead:
+    """Return the output layer of a transformers model, with the scale and softcap its configuration gives."""
+    layer = model.get_output_embeddings()
+    text = model.config.get_text_config()
+    scaling = getattr(text, "logits_scaling", None)
+    scale = getattr(text, "logit_scale", None) or (1 / scaling if scaling else 1.0)
+    return OutputHead(layer.weight, layer.bias, float(scale), getattr(text, "final_logit_softcapping", None))
+
+
+def run_student(model: Any, padded: Padded, layers: Sequence[str], *, fused: bool) -> StudentOutput:
+    """Return the student's flat output for a padded batch.
+
+    Raises:
+        ConfigError: It has no layer of a name.
+    """
+    if not fused:
+        out = model(padded.input_ids, padded.attention_mask)
+        logits = out if isinstance(out, Tensor) else out.logits
+        if layers:
+            raise ConfigError("This student gives logits only: hidden losses need a transformers model.")
+        return StudentOutput(None, None, logits.flatten(0, 1)[padded.index], {})
+    deep = any(layer != "final" for layer in layers)
+    out = model.base_model(input_ids=padded.input_ids, output_hidden_states=deep)
+    hidden = out.last_hidden_state.flatten(0, 1)[padded.index]
+    found = {}
+    for layer in layers:
+        if layer == "final":
+            found[layer] = hidden
+            continue
+        index = 0 if layer == "embedding" else int(layer) if layer.isdigit() else -1
+        if not 0 <= index < len(out.hidden_states):
+            raise ConfigError(
+                f"The student has no layer {layer!r}.",
+                where="loss.hidden",
+                hint=f"It has final, embedding and 1 to {len(out.hidden_states) - 1}.",
+            )
+        found[layer] = out.hidden_states[index].flatten(0, 1)[padded.index]
+    return StudentOutput(hidden, head_of(model), None, found)
+
+
+def width_of(model: Any) -> int:
+    """Return the student's hidden width."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def save_student(model: Any, config: StudentConfig, tokenizer_files: Mapping[str, bytes], folder: Path) -> None:
+    """Write the student as a folder that transformers loads, with the store's tokenizer beside it.
+
+    A student made by a factory becomes model.safetensors; its factory is recorded by the run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
+    for name, data in tokenizer_files.items():
+        (folder / name).write_bytes(data)
+
+
+def load_student(folder: Path, factory: str | None, vocab_size: int) -> nn.Module:
+    """Return a saved student.
+
+    Raises:
+        AccessError: The folder holds no student that loads.
+    """
+    try:
+        if factory is not None:
+            from safetensors.torch import load_model
+
+            model = _from_factory(factory, vocab_size)
+            load_model(model, str(folder / "model.safetensors"))
+            return model
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)  # type: ignore[no-any-return]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AccessError(
+            f"The student does not load: {str(error).splitlines()[0]}",
+            where=str(folder),
+            hint="Give the --out folder of a finished `kdcache train`.",
+        ) from error
+
+
+def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    name = str(config.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), revision=config.revision, use_safetensors=True
+        )
+    except Exception as error:
+        raise AccessError(
+            f"The student does not load: {str(error).splitlines()[0]}",
+            where=name,
+            hint="Give a folder or hub name of a causal language model with safetensors weights.",
+        ) from error
+    recorded = store.manifest.part("tokenizer")
+    folder = Path(name)
+    if recorded is None or (folder.is_dir() and not (folder / "tokenizer.json").is_file()):
+        return model
+    found = tokenizer_fingerprint(load_tokenizer(name, revision=config.revision))
+    if lines := differences(recorded, found):
+        raise MismatchError(
+            f"The student's tokenizer is not the teacher's: {'; '.join(lines)}.",
+            where=name,
+            hint="Train a student that shares the teacher's tokenizer, or start from student.config.",
+        )
+    return model
+
+
+def _from_factory(path: str, vocab_size: int) -> nn.Module:
+    module, _, name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"There is no student factory {path!r}: {error}.",
+            where="student.factory",
+            hint="Write it as module:function; the function takes vocab_size.",
+        ) from error
+    model = factory(vocab_size=vocab_size)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"The factory {path!r} gave {type(model).__name__}, not an nn.Module.", where="student.factory"
+        )
+    return model
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Refuse to save a student whose weights are not finite.
+
+    Raises:
+        TrainingError: A weight is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(f"The student's weight {name} is not finite.", hint="Lower optim.learning_rate.")

@@ -1,0 +1,152 @@
+"""Measure a student on a held-out store: what it says beside what the teacher said, with no teacher in memory.
+
+Legend: `N` positions, `V` vocabulary.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.batch import Batch
+from kdcache.errors import MismatchError
+from kdcache.losses import divergence
+from kdcache.losses.exact import exact_divergence
+from kdcache.losses.output_layer import first_ids, log_partition, output_layer
+from kdcache.losses.tails import policy
+from kdcache.store import Store
+from kdcache.stream import Loader, StreamConfig
+from kdcache.targets.tensor import OutputHead
+from kdcache.train.student import StudentOutput, is_fused, run_student
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out measurements, averaged over positions whose label counts; nats a position.
+
+    Attributes:
+        cross_entropy: Of the student.
+        kl: KL(teacher || student) at T = 1.
+        kl_kind: "exact", or "a lower bound" where the tail is one outcome.
+        top1_agreement: Share of positions where both put the same id first.
+        accuracy: Share of positions where the student puts the label first.
+        teacher_cross_entropy: Of the teacher, from its stored label logit and log-partition.
+        positions: That were counted.
+        seconds: Of the whole pass.
+    """
+
+    cross_entropy: float
+    kl: float
+    kl_kind: str
+    top1_agreement: float
+    accuracy: float
+    teacher_cross_entropy: float
+    positions: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the student's cross-entropy."""
+        return math.exp(min(self.cross_entropy, 700.0))
+
+    @property
+    def teacher_perplexity(self) -> float:
+        """Exponential of the teacher's cross-entropy."""
+        return math.exp(min(self.teacher_cross_entropy, 700.0))
+
+
+@torch.no_grad()
+def held_out(
+    student: nn.Module,
+    store: Store,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    head: OutputHead | None = None,
+    chunk: int = 512,
+) -> HeldOut:
+    """Return the measurements of a student on every sample of a store, in the store's order.
+
+    Args:
+        student: The model, on `device`.
+        store: A held-out store of the same teacher vocabulary.
+        batch_size: Samples a batch.
+        device: Where the student is.
+        head: The teacher's output layer: with it, and the last hidden state in the store, the KL is exact.
+        chunk: Positions of the output layer at a time.
+
+    Raises:
+        MismatchError: The student's vocabulary is smaller than the store's.
+    """
+    exact = head is not None and "hidden.final" in store.columns
+    config = StreamConfig(batch_size=batch_size, shuffle=False, pool_shards=1, hidden=("final",) if exact else ())
+    fused = is_fused(student)
+    training = student.training
+    student.eval()
+    sums: Tensor | None = None
+    began = time.perf_counter()
+    try:
+        for batch in Loader(store, config):
+            here = batch.to(device)
+            output = run_student(student, here.padded(), (), fused=fused)
+            values = _sums(here, output, store.vocab_size, head if exact else None, chunk).double().cpu()
+            sums = values if sums is None else sums + values
+    finally:
+        student.train(training)
+    if sums is None or sums[-1] == 0:
+        raise MismatchError("No position of the store counts.", where=str(store.path))
+    ce, kl, agreement, accuracy, teacher_ce = (sums[:-1] / sums[-1]).tolist()
+    return HeldOut(
+        cross_entropy=ce,
+        kl=kl,
+        kl_kind="exact" if exact else "a lower bound",
+        top1_agreement=agreement,
+        accuracy=accuracy,
+        teacher_cross_entropy=teacher_ce,
+        positions=int(sums[-1]),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _sums(batch: Batch, output: StudentOutput, vocab_size: int, head: OutputHead | None, chunk: int) -> Tensor:
+    rows = batch.mask.nonzero()[:, 0]
+    assert batch.targets is not None  # the loader was asked for them
+    targets, labels = batch.targets[rows], batch.labels[rows]
+    totals: list[Any] = [0.0, 0.0, 0.0, 0.0]
+    kl_of = divergence("forward_kl")
+    for start in range(0, len(rows), chunk):
+        here = slice(start, start + chunk)
+        some, label = targets[here], labels[here, None]
+        if output.hidden is not None and output.head is not None:
+            own = first_ids(output.head, vocab_size)
+            hidden = output.hidden[rows[here]]
+            kept, extra, rest = output_layer(hidden, own, some.ids, label, (1.0,), chunk=chunk)
+            best = own.logits(hidden.to(own.weight.dtype)).argmax(1)
+        else:
+            assert output.logits is not None  # a student gives one or the other
+            logits = output.logits[rows[here], :vocab_size].float()
+            kept, extra, best = logits.gather(1, some.ids), logits.gather(1, label), logits.argmax(1)
+            rest = logits.scatter(1, some.ids, -torch.inf).logsumexp(1, keepdim=True)
+        totals[0] += (log_partition(kept, rest[:, 0], 1.0) - extra[:, 0]).sum()
+        if head is not None and output.hidden is not None and output.head is not None:
+            known = batch.hidden["final"][rows[here]]
+            kl = exact_divergence(
+                output.hidden[rows[here]],
+                output.head,
+                known,
+                head,
+                temperature=1.0,
+                divergence=kl_of,
+                num_ids=vocab_size,
+                chunk=chunk,
+            )
+        else:
+            kl = kl_of(policy("bucket")(some, kept, rest[:, 0], 1.0))
+        totals[1] += kl.sum()
+        totals[2] += (best == some.ids[:, 0]).sum()
+        totals[3] += (best == labels[here]).sum()
+    teacher = (targets.log_partition(1.0) - targets.label_logit).sum()
+    return torch.stack([*(torch.as_tensor(one).float() for one in totals), teacher, torch.tensor(float(len(rows)))])
