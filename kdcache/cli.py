@@ -61,8 +61,8 @@ def capture(
     Example: kdcache capture capture.yaml --out stores/wiki --set targets.k=128
     """
     from kdcache import display
-    from kdcache.capture import CaptureConfig
     from kdcache.capture import capture as run
+    from kdcache.capture.config import CaptureConfig
     from kdcache.config import load_config
 
     settings = load_config(CaptureConfig, config, set_ or ())
@@ -138,8 +138,8 @@ def train(
     """
     from kdcache import display
     from kdcache.config import load_config
-    from kdcache.train import TrainConfig
     from kdcache.train import train as run
+    from kdcache.train.config import TrainConfig
 
     settings = load_config(TrainConfig, config, set_ or ())
     with display.train_progress(quiet=quiet) as progress:

@@ -207,7 +207,8 @@ class RowMaker:
 
 def _mean(rows: Array, counts: Array) -> Array:
     kept = rows[counts] if counts.any() else rows
-    return kept.mean(axis=0)
+    mean: Array = kept.mean(axis=0)
+    return mean
 
 
 def _out_of_memory(error: BaseException) -> bool:

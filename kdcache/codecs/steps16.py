@@ -57,11 +57,13 @@ class Steps16:
         values = parts["max"][:, None] - codes * step
         if (masked := codes == MASKED).any():
             values[masked] = -np.inf
-        return values.astype(np.float32, copy=False)
+        narrow: Array = values.astype(np.float32, copy=False)
+        return narrow
 
 
 def _step(exponent: Array) -> Array:
-    return np.ldexp(1 / 1024, exponent.astype(np.int32))[:, None]
+    step: Array = np.ldexp(1 / 1024, exponent.astype(np.int32))[:, None]
+    return step
 
 
 plugin = Steps16

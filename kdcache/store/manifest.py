@@ -175,7 +175,8 @@ def _checked(document: dict[str, Any]) -> Manifest:
     columns = tuple(_column(entry, shard_rows) for entry in document["columns"][: MAX_COLUMNS + 1])
     if len(columns) > MAX_COLUMNS or len({column.name for column in columns}) != len(columns):
         raise UnsafeError("The manifest has too many columns, or one twice.")
-    shards, next_sample = [], 0
+    shards: list[ShardInfo] = []
+    next_sample = 0
     if len(document["shards"]) > MAX_SHARDS:
         raise UnsafeError("The manifest has too many shards.")
     for first, samples, rows, invalid in document["shards"]:

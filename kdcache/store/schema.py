@@ -225,7 +225,7 @@ def standard_columns(
         described.append(
             (f"hidden.{spec.layer}", spec.codec, {}, (spec.width,), "1", f"hidden state of layer {spec.layer}")
         )
-    columns = tuple(Column(*one) for one in described)  # type: ignore[arg-type]
+    columns = tuple(Column(*one) for one in described)
     for column in columns:
         try:
             column.arrays()

@@ -9,6 +9,7 @@ depends on a temperature: `T` is an argument of the methods. `kdcache.targets.te
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +49,14 @@ class Targets:
 
     def __getitem__(self, rows: slice) -> "Targets":
         """Return the targets of a run of positions; arrays are views."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Targets(**{name: v[rows] if isinstance(v, np.ndarray) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut: dict[str, Any] = {n: v[rows] if isinstance(v, np.ndarray) else v for n, v in values.items()}
+        return Targets(**cut)
 
     @property
     def k(self) -> int:
         """K, the number of kept entries."""
-        return self.ids.shape[1]
+        return int(self.ids.shape[1])
 
     def tail_log_partition(self, temperature: float) -> Float:
         """Return log sum over the tail of exp(z / T) [N]; minus infinity where the tail is empty.
@@ -71,7 +73,8 @@ class Targets:
         scaled = self.logits.astype(np.float64) * inverse(temperature)
         top = scaled[:, :1]
         head = top[:, 0] + np.log(np.exp(scaled - top).sum(axis=1))
-        return np.logaddexp(head, self.tail_log_partition(temperature))
+        whole: Float = np.logaddexp(head, self.tail_log_partition(temperature))
+        return whole
 
     def tail_mass(self, temperature: float) -> Float:
         """Return the probability [N] of all ids outside the head together, at T."""
@@ -100,7 +103,8 @@ class Targets:
         z = self.draw_logits.astype(np.float64)
         at_one = z - self.tail_log_partition(1.0)[:, None]
         at_two = z / 2 - self.tail_log_partition(2.0)[:, None]
-        return np.logaddexp(at_one, at_two) - math.log(2)
+        mixture: Float = np.logaddexp(at_one, at_two) - math.log(2)
+        return mixture
 
     def draw_weights(self, temperature: float) -> Float:
         """Return p_T(draw) / (M * proposal(draw)) [N, M].
@@ -115,7 +119,8 @@ class Targets:
         assert self.draw_logits is not None  # draw_log_proposal has refused targets without draws
         scaled = self.draw_logits.astype(np.float64) * inverse(temperature)
         log_p = scaled - self.log_partition(temperature)[:, None]
-        return np.exp(log_p - log_proposal) / self.draw_logits.shape[1]
+        weights: Float = np.exp(log_p - log_proposal) / self.draw_logits.shape[1]
+        return weights
 
 
 def inverse(temperature: float) -> float:

@@ -117,7 +117,9 @@ class _Powers:
         By inverse CDF: a head id has no width, so it is never drawn. Sums run in float64.
         """
         one, half = self._terms
-        mixture = one / one.sum(1, keepdim=True) + half / half.sum(1, keepdim=True)
+        # a tail too far below the head to have any float32 mass divides by 1: its draws carry no weight in a loss
+        shares = [part / (total := part.sum(1, keepdim=True)).masked_fill(total == 0, 1.0) for part in (one, half)]
+        mixture = shares[0] + shares[1]
         cumulative = mixture.double().cumsum(1)
         marks = uniforms.to(cumulative) * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, marks, right=True)
