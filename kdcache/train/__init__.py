@@ -178,7 +178,7 @@ class _Run:
         if run.device == "cuda" and self._accelerator.device.type != "cuda":
             raise ConfigError("There is no CUDA device.", where="run.device", hint="Use auto or cpu.")
         student = build_student(config.student, store, seed=run.seed)
-        self._plain = Objective(config.loss, student, store)
+        self._plain = Objective(config.loss, student, store, live=transform is not None)
         optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
         self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
         self._loader = Loader(store, self._stream())

@@ -63,11 +63,14 @@ class Objective(nn.Module):
         config: The loss.
         student: The model.
         store: Gives the teacher's widths and vocabulary.
+        live: A live teacher fills the batches, so the store's columns do not matter.
     """
 
-    def __init__(self, config: LossConfig, student: nn.Module, store: Store) -> None:
+    def __init__(self, config: LossConfig, student: nn.Module, store: Store, *, live: bool = False) -> None:
         super().__init__()
-        _require(config, store)
+        if not live:
+            _require_columns(config, store)
+        _require_sense(config)
         self.student = student
         self.fused = is_fused(student)
         self._config = config
@@ -189,14 +192,17 @@ def _of_logits(
     return wide.gather(1, head_ids), wide.gather(1, extra_ids), rest
 
 
-def _require(config: LossConfig, store: Store) -> None:
-    wanted = needs(config)
+def _require_sense(config: LossConfig) -> None:
     low, high = extremes(config.alpha)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"alpha goes from {low} to {high}, outside 0 to 1.", where="loss.alpha")
     if extremes(config.temperature)[0] <= 0:
         raise ConfigError("A temperature is positive.", where="loss.temperature")
-    if wanted.output_head and store.manifest.part("output_head") is None and "hidden.final" not in store.columns:
+
+
+def _require_columns(config: LossConfig, store: Store) -> None:
+    wanted = needs(config)
+    if wanted.output_head and store.manifest.part("output_head") is None:
         raise MismatchError(
             "The tail policy exact needs the teacher's last hidden state and output layer, and the store has neither.",
             where=str(store.path),

@@ -83,9 +83,7 @@ def test_draws_come_from_the_tail_only_and_estimate_its_mass_without_bias(logits
     for temperature in (0.7, 1.0, 2.0, 4.0):
         weights = targets.draw_weights(temperature)
         spread = weights.std(axis=1) * draws / np.sqrt(draws)
-        dense = 1 - np.take_along_axis(
-            softmax(logits / temperature), targets.ids.astype(np.int64), axis=1
-        ).sum(1)
+        dense = 1 - np.take_along_axis(softmax(logits / temperature), targets.ids.astype(np.int64), axis=1).sum(1)
         assert (np.abs(weights.sum(1) - dense) < 5 * spread + 1e-3).all()
 
 

@@ -17,9 +17,7 @@ def logits() -> np.ndarray:
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_probabilities_of_kept_ids_are_those_of_the_full_softmax(
-    logits: np.ndarray, temperature: float
-) -> None:
+def test_probabilities_of_kept_ids_are_those_of_the_full_softmax(logits: np.ndarray, temperature: float) -> None:
     targets = compact(logits, 64)
     dense = np.take_along_axis(softmax(logits / temperature), targets.ids.astype(np.int64), axis=1)
     assert np.allclose(targets.probabilities(temperature), dense, rtol=0.01, atol=0)
