@@ -82,19 +82,19 @@ def test_a_failing_disk_stops_with_a_reason_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
 ) -> None:
     undisturbed = write(tmp_path / "whole")
-    folder = tmp_path / "full"
 
     def fail() -> None:
         raise OSError(number, os.strerror(number))
 
     for call in (1, 5, 20, 29):
+        folder = tmp_path / f"full-{call}"
         with monkeypatch.context() as patch:
             interrupt_at(patch, call, fail)
             with pytest.raises(error) as caught:
                 write(folder)
         assert str(folder) in str(caught.value)
         assert not list(folder.rglob("*.partial"))
-    assert write(folder) == undisturbed
+        assert write(folder) == undisturbed
 
 
 def test_a_really_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
