@@ -1,0 +1,154 @@
+"""The order is a pure function, and resuming at any step gives the same future."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from kdcache.batch import Batch
+from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
+from kdcache.store import Store
+from kdcache.stream import Loader, StreamConfig, StreamDataset, sample_order
+from tests import tiny
+
+ROWS = ((5, 9, 3), (7, 7), (4, 4, 4, 4), (12,), (6, 2))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return tiny.write_store(tmp_path_factory.mktemp("stream") / "s", rows=ROWS, hidden={"final": 4})
+
+
+def numbers(batches: list[Batch]) -> list[list[int]]:
+    return [batch.sample_index.tolist() for batch in batches]
+
+
+def test_batches_hold_exactly_what_the_store_holds(store: Store) -> None:
+    for batch in Loader(store, StreamConfig(batch_size=3, hidden=("final",))):
+        assert batch.targets is not None
+        for place, number in enumerate(batch.sample_index.tolist()):
+            rows = slice(int(batch.offsets[place]), int(batch.offsets[place + 1]))
+            sample = store[number]
+            assert np.array_equal(batch.input_ids[rows].numpy(), sample.input_ids[:-1])
+            assert np.array_equal(batch.labels[rows].numpy(), sample.labels)
+            assert np.array_equal(batch.targets[rows].numpy().logits, sample.targets.logits)
+            assert np.array_equal(batch.targets[rows].numpy().ids, sample.targets.ids)
+            assert np.array_equal(batch.hidden["final"][rows].numpy(), sample.hidden["final"])
+
+
+@pytest.mark.parametrize("pool", [1, 2, 10])
+def test_an_epoch_gives_every_sample_once_in_another_order_each_time(store: Store, pool: int) -> None:
+    loader = Loader(store, StreamConfig(batch_size=5, pool_shards=pool))
+    epochs = [[number for batch in numbers(list(loader)) for number in batch] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(len(store)))
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = Loader(store, StreamConfig(batch_size=5, pool_shards=pool))
+    again.set_epoch(2)
+    assert [number for batch in numbers(list(again)) for number in batch] == epochs[2]
+
+
+def test_the_order_stays_within_pools_of_shards() -> None:
+    order = sample_order([10] * 6, seed=3, epoch=1, pool_shards=2)
+    for pool in range(3):
+        assert len({number // 10 for number in order[pool * 20 : pool * 20 + 20]}) == 2
+    assert np.array_equal(order, sample_order([10] * 6, seed=3, epoch=1, pool_shards=2))
+    assert not np.array_equal(order, sample_order([10] * 6, seed=4, epoch=1, pool_shards=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_resuming_at_every_step_gives_the_same_future(store: Store, workers: int) -> None:
+    config = StreamConfig(batch_size=2, workers=workers)
+    reference = Loader(store, config)
+    whole = numbers([batch for _ in range(2) for batch in reference])
+    steps = range(len(whole)) if workers == 0 else (0, 1, 4, 7)
+    for step in steps:
+        first = Loader(store, StreamConfig(batch_size=2))
+        seen = 0
+        state: dict[str, Any] = first.state_dict()
+        while seen < step:
+            for _ in first:
+                seen += 1
+                state = first.state_dict()
+                if seen == step:
+                    break
+        second = Loader(store, config)
+        second.load_state_dict(state)
+        rest = numbers(list(second))
+        while len(rest) < len(whole) - step:
+            rest += numbers(list(second))
+        assert rest == whole[step:], f"resumed after {step}"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_do_not_change_the_order(store: Store, workers: int) -> None:
+    alone = numbers(list(Loader(store, StreamConfig(batch_size=2))))
+    assert numbers(list(Loader(store, StreamConfig(batch_size=2, workers=workers)))) == alone
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_stock_dataloader_works_with_either_way_of_starting_workers(store: Store, context: str) -> None:
+    store.read_shard(0)  # a parent that has read already must not hang its children
+    dataset = StreamDataset(store, StreamConfig(batch_size=4))
+    found = list(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=context))
+    assert numbers(found) == numbers(list(Loader(store, StreamConfig(batch_size=4))))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_every_global_batch_evenly(store: Store, world_size: int) -> None:
+    alone = numbers(list(Loader(store, StreamConfig(batch_size=2 * world_size))))
+    ranks = [
+        numbers(list(Loader(store, StreamConfig(batch_size=2, rank=rank, world_size=world_size))))
+        for rank in range(world_size)
+    ]
+    full = [batch for batch in alone if len(batch) == 2 * world_size]
+    for step, batch in enumerate(full):
+        dealt = [ranks[rank][step] for rank in range(world_size)]
+        assert sorted(number for part in dealt for number in part) == sorted(batch)
+    assert all(len(rank) == len(full) for rank in ranks)
+
+
+def test_a_state_of_another_stream_is_refused(store: Store, tmp_path: Path) -> None:
+    state = Loader(store, StreamConfig(batch_size=2)).state_dict()
+    other = tiny.write_store(tmp_path / "other", rows=ROWS, seed=5, hidden={"final": 4})
+    for loader in (Loader(other, StreamConfig(batch_size=2)), Loader(store, StreamConfig(batch_size=3))):
+        with pytest.raises(MismatchError, match="another stream"):
+            loader.load_state_dict(state)
+    resumed = Loader(store, StreamConfig(batch_size=1, world_size=2))
+    resumed.load_state_dict(state)  # the same global batch over more ranks goes on
+
+
+def test_columns_the_store_lacks_are_refused_before_the_first_batch(store: Store) -> None:
+    with pytest.raises(ConfigError, match=r"hidden\.3"):
+        Loader(store, StreamConfig(hidden=("3",)))
+    with pytest.raises(ConfigError, match="draw_ids"):
+        Loader(store, StreamConfig(draws=True))
+
+
+def test_damage_reaches_the_consumer_as_its_own_error(tmp_path: Path) -> None:
+    damaged = tiny.write_store(tmp_path / "s", rows=ROWS)
+    path = tmp_path / "s" / "columns" / "head_ids" / "c" / "2" / "0"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(CorruptObjectError):
+        list(Loader(damaged, StreamConfig(batch_size=2)))
+
+
+def test_leaving_an_epoch_early_stops_the_reading_thread(store: Store) -> None:
+    import threading
+
+    iterator = iter(Loader(store, StreamConfig(batch_size=1)))
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    assert not [one for one in threading.enumerate() if one.name == "kdcache-prefetch"]
+
+
+def test_the_padded_view_is_the_same_batch(store: Store) -> None:
+    batch = next(iter(Loader(store, StreamConfig(batch_size=4))))
+    padded = batch.padded(pad_id=49)
+    assert torch.equal(padded.input_ids.flatten()[padded.index], batch.input_ids)
+    assert torch.equal(padded.attention_mask.sum(1), batch.offsets.diff())
+    assert (padded.input_ids[padded.attention_mask == 0] == 49).all()
+    assert batch.to("cpu").num_samples == 4
