@@ -27,6 +27,7 @@ from kdcache.store import (
     OutputHead,
     SampleTable,
     ShardPlan,
+    Store,
     StorePlan,
     StoreWriter,
     open_store,
@@ -65,9 +66,9 @@ class CaptureResult:
         bytes: Of all objects.
         already_complete: Nothing had to be done.
         seconds: Of this run's capture, samples and model loading not counted.
-        positions_per_second: Of this run.
-        teacher_seconds: Spent in forward passes and measuring.
-        peak_memory_bytes: Of this process (host), and of the accelerator where there is one.
+        positions_per_second: Of this run, or of the one that finished the store.
+        peak_memory_bytes: Of that run's process.
+        accelerator_memory_bytes: Of this process's accelerator, 0 without one.
         memory_retries: Batches that were halved for want of memory.
         skipped: Documents and samples left out, and rows masked, by reason.
     """
@@ -125,14 +126,7 @@ def capture(
             source.fingerprint,
         )
         if same and store.manifest.part("tokenizer") == identity:
-            return CaptureResult(
-                store.digest,
-                len(store),
-                store.num_positions,
-                store.nbytes,
-                True,
-                skipped=_skipped(store.manifest.part("skipped")),
-            )
+            return _result(store, already_complete=True)
     with storage_errors(root):
         samples = prepare(
             source,
@@ -223,22 +217,7 @@ class _Run:
         if self._writer.digest is None:
             self._writer.finish(self._provenance(seconds))
         shutil.rmtree(self._writer.root / WORK, ignore_errors=True)
-        store = open_store(self._writer.root)
-        counts = _skipped(self._writer.plan.skipped)
-        if invalid := sum(shard.invalid_rows for shard in store.shards):
-            counts["rows with NaN or infinite logits"] = invalid
-        return CaptureResult(
-            digest=store.digest,
-            samples=len(store),
-            positions=store.num_positions,
-            bytes=store.nbytes,
-            seconds=round(seconds, 3),
-            positions_per_second=round(self._made / seconds, 1) if self._made else 0.0,
-            peak_memory_bytes=peak_memory_bytes(),
-            accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            memory_retries=self._retries,
-            skipped=counts,
-        )
+        return _result(open_store(self._writer.root), seconds=seconds, made=self._made, retries=self._retries)
 
     def _shard(self, index: int, rows: RowMaker, stopped: threading.Event, behind: ThreadPoolExecutor) -> None:
         plan = self._writer.plan.shards[index]
@@ -300,11 +279,35 @@ class _Run:
         return {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
+            "positions_per_second": round(self._made / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
             "python": sys.version.split()[0],
             "system": platform.system(),
             "packages": found,
             "batch_positions": self._config.teacher.batch_positions,
         }
+
+
+def _result(
+    store: Store, *, already_complete: bool = False, seconds: float = 0.0, made: int = 0, retries: int = 0
+) -> CaptureResult:
+    recorded = store.manifest.part("provenance") or {}
+    counts = _skipped(store.manifest.part("skipped") or {})
+    if invalid := sum(shard.invalid_rows for shard in store.shards):
+        counts["rows with NaN or infinite logits"] = invalid
+    return CaptureResult(
+        digest=store.digest,
+        samples=len(store),
+        positions=store.num_positions,
+        bytes=store.nbytes,
+        already_complete=already_complete,
+        seconds=round(seconds, 3),
+        positions_per_second=round(made / seconds, 1) if made else recorded.get("positions_per_second", 0.0),
+        peak_memory_bytes=peak_memory_bytes() if made else recorded.get("peak_memory_bytes", 0),
+        accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        memory_retries=retries,
+        skipped=counts,
+    )
 
 
 def _columns(config: TargetsConfig, teacher: Teacher) -> Any:

@@ -131,8 +131,8 @@ class RowMaker:
                 head=output.head,
                 uniforms=self._uniforms(samples, numbers, output),
             )
-        mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
-        targets, mask = self._checked(targets, mask, samples)
+            mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
+            targets, mask = self._checked(targets, mask, samples)
         compact = targets.numpy()
         columns: dict[str, Array] = {
             "input_ids": np.concatenate([sample.tokens[:-1] for sample in samples]).astype(np.int32),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from kdcache.batch import Batch
@@ -174,6 +175,8 @@ class _Run:
         self._progress = progress
         self._transform = transform
         run = config.run
+        # accelerate keeps one state a process: a second run may have another precision
+        AcceleratorState._reset_state()
         self._accelerator = Accelerator(mixed_precision=run.precision, cpu=run.device == "cpu")
         if run.device == "cuda" and self._accelerator.device.type != "cuda":
             raise ConfigError("There is no CUDA device.", where="run.device", hint="Use auto or cpu.")
