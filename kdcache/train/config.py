@@ -102,7 +102,7 @@ class LossConfig(Section):
     alpha: float | Schedule = 0.9
     tail: Literal["bucket", "sampled", "exact", "renormalise"] = "bucket"
     hidden: tuple[HiddenLossConfig, ...] = ()
-    chunk_positions: int = Field(default=512, ge=1)
+    chunk_positions: int = Field(default=128, ge=1)
 
 
 class OptimConfig(Section):

@@ -66,7 +66,7 @@ def held_out(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     head: OutputHead | None = None,
-    chunk: int = 512,
+    chunk: int = 128,
 ) -> HeldOut:
     """Return the measurements of a student on every sample of a store, in the store's order.
 
