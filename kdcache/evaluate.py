@@ -10,8 +10,9 @@ import torch
 from kdcache.errors import ConfigError, SourceError
 from kdcache.process import peak_memory_bytes
 from kdcache.store import open_store
+from kdcache.stream import output_head_of
 from kdcache.tokenizer import differences
-from kdcache.train import RESULT, held_out, output_head_of
+from kdcache.train import RESULT, held_out
 from kdcache.train.student import load_student
 
 

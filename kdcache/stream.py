@@ -25,7 +25,7 @@ from kdcache.config import Section
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store import Shard, Store, open_store
 from kdcache.store.schema import COUNTS
-from kdcache.targets.tensor import TensorTargets
+from kdcache.targets.tensor import OutputHead, TensorTargets
 
 INPUTS = ("input_ids", "labels", "loss_mask")
 TARGETS = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
@@ -236,6 +236,24 @@ class _PoolReader:
             self._held[index] = self._store.read_shard(index, self._columns)
         self._held.move_to_end(index)
         return self._held[index]
+
+
+def output_head_of(store: Store) -> OutputHead:
+    """Return a store's output head as tensors, in the dtype it was captured in.
+
+    Raises:
+        MismatchError: The store keeps none.
+    """
+    kept = store.output_head()
+    if kept is None:
+        raise MismatchError(
+            "The store keeps no output layer of the teacher.",
+            where=str(store.path),
+            hint="Capture with targets.exact=true.",
+        )
+    dtype = torch.bfloat16 if kept.codec == "bfloat16" else torch.float32
+    bias = None if kept.bias is None else torch.from_numpy(kept.bias).to(dtype)
+    return OutputHead(torch.from_numpy(kept.weight).to(dtype), bias, kept.scale, kept.softcap)
 
 
 def _columns(store: Store, config: StreamConfig) -> list[str]:

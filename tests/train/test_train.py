@@ -280,7 +280,9 @@ class Unigram(nn.Module):
 
 
 def test_any_module_can_be_a_student(captured: Path, tmp_path: Path) -> None:
-    config = config_of(student={"factory": "tests.train.test_train:Unigram"}, optim={"learning_rate": 0.1, "warmup_steps": 0})
+    config = config_of(
+        student={"factory": "tests.train.test_train:Unigram"}, optim={"learning_rate": 0.1, "warmup_steps": 0}
+    )
     result = train(config, captured / "top", tmp_path / "r")
     assert result.student_parameters == 300 * 300
     values = losses(tmp_path / "r")

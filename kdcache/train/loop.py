@@ -1,0 +1,348 @@
+"""One process's training run: steps, checkpoints, validation, and an end that is the same whatever interrupted it."""
+
+import json
+import logging
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from kdcache.batch import Batch
+from kdcache.errors import ConfigError, Interrupted, TrainingError
+from kdcache.losses.tails import POLICY_KIND
+from kdcache.process import peak_memory_bytes, stop_signals
+from kdcache.store import Store, open_store
+from kdcache.store.objects import write_object
+from kdcache.stream import Loader, StreamConfig, output_head_of
+from kdcache.train import checkpoint
+from kdcache.train.config import TrainConfig
+from kdcache.train.objective import Objective, needs
+from kdcache.train.result import METRICS, RESULT, TrainProgress, TrainResult
+from kdcache.train.schedule import extremes, learning_rate, value_at
+from kdcache.train.student import build_student, require_finite_weights, save_student
+from kdcache.train.validate import HeldOut, held_out
+
+NOT_FINITE_LIMIT = 20
+"""Successive steps whose loss is not finite before a run gives up."""
+
+Transform = Callable[[Batch], Batch]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _State:
+    """What a checkpoint carries besides tensors."""
+
+    step: int = 0
+    positions: int = 0
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0
+
+
+class Run:
+    """One process's part of a training run; `kdcache.train.train` says what goes in and comes out."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: Store,
+        root: Path,
+        identity: dict[str, Any],
+        progress: Callable[[TrainProgress], None] | None,
+        transform: Transform | None,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._root = root
+        self._identity = identity
+        self._progress = progress
+        self._transform = transform
+        run = config.run
+        # accelerate keeps one state a process: a second run may have another precision
+        AcceleratorState._reset_state()
+        self._accelerator = Accelerator(mixed_precision=run.precision, cpu=run.device == "cpu")
+        if run.device == "cuda" and self._accelerator.device.type != "cuda":
+            raise ConfigError("There is no CUDA device.", where="run.device", hint="Use auto or cpu.")
+        student = build_student(config.student, store, seed=run.seed)
+        self._plain = Objective(config.loss, student, store, live=transform is not None)
+        optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
+        self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
+        self._loader = Loader(store, self._stream())
+        self._per_epoch = -(-len(self._loader) // run.accumulation)
+        self._steps = run.steps or run.epochs * self._per_epoch
+        wanted = needs(config.loss)
+        cached_head = wanted.output_head and transform is None
+        self._head = output_head_of(store).to(self._accelerator.device) if cached_head else None
+        self._state = _State()
+        self._losses: list[float] = []
+        self._times: list[float] = []
+        self._waited = 0.0
+        self._made = 0
+        self._validation: HeldOut | None = None
+
+    def run(self) -> TrainResult:
+        """Train to the end, or to the interruption; a checkpoint is there either way."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        bad = 0
+        stopped_early = False
+        batches = self._batches()
+        last_saved = self._state.step
+        with stop_signals() as stopped:
+            while self._state.step < self._steps and not stopped_early:
+                terms = self._step(batches)
+                bad = bad + 1 if terms is None else 0
+                if bad >= NOT_FINITE_LIMIT:
+                    raise TrainingError(
+                        f"The loss was not finite for {bad} steps in a row.",
+                        where=f"step {self._state.step}",
+                        hint="Lower optim.learning_rate; the last checkpoint is from before.",
+                    )
+                if self._due(self._config.run.validate_every) and self._config.data.validation:
+                    stopped_early = self._validate()
+                if stopped.is_set() and self._state.step < self._steps:
+                    self._save()
+                    raise Interrupted(
+                        f"The run was stopped at step {self._state.step} of {self._steps}; a checkpoint was written.",
+                        where=str(self._root),
+                        hint="Run the same command again to go on.",
+                    )
+                if self._due(self._config.run.checkpoint_every) and bad == 0:
+                    self._save()
+                    last_saved = self._state.step
+        if last_saved != self._state.step:
+            self._save()
+        return self._finish(stopped_early)
+
+    def _step(self, batches: Iterator[tuple[Batch, dict[str, Any]]]) -> dict[str, float] | None:
+        """Do one optimiser step; return its terms, or None when the loss was not finite and it was left out."""
+        began = time.perf_counter()
+        config, step = self._config, self._state.step
+        micro = []
+        for _ in range(config.run.accumulation):
+            batch, epoch_ended = next(batches)
+            micro.append(batch)
+            if epoch_ended["ended"]:
+                break
+        waited = time.perf_counter() - began
+        device = self._accelerator.device
+        counted = torch.tensor(float(sum(int(batch.mask.sum()) for batch in micro)), device=device)
+        everywhere = self._accelerator.reduce(counted, reduction="sum")
+        # ranks average gradients, so each divides by its share of the positions of all
+        positions = max(1.0, float(everywhere)) / self._accelerator.num_processes
+        alpha = value_at(config.loss.alpha, step, self._steps)
+        temperature = value_at(config.loss.temperature, step, self._steps)
+        sums: dict[str, float] = {}
+        for number, batch in enumerate(micro):
+            here = batch.to(device, non_blocking=True)
+            if self._transform is not None:
+                here = self._transform(here)
+            elif self._head is not None:
+                here = replace(here, output_head=self._head)
+            last = number == len(micro) - 1
+            # ranks exchange gradients only in the last micro-batch of a step
+            with nullcontext() if last else self._accelerator.no_sync(self._objective):
+                with self._accelerator.autocast():
+                    terms = self._objective(here, alpha, temperature, positions)
+                self._accelerator.backward(terms["loss"])
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        finite = all(torch.isfinite(torch.tensor(value)) for value in sums.values())
+        rate = learning_rate(config.optim, step, self._steps)
+        if finite:
+            if config.optim.clip_norm:
+                self._accelerator.clip_grad_norm_(self._objective.parameters(), config.optim.clip_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._state.step += 1
+        self._state.positions += int(everywhere)
+        self._record(sums, rate, (alpha, temperature), time.perf_counter() - began, waited, micro)
+        return sums if finite else None
+
+    def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        while True:
+            per_epoch = len(self._loader)
+            if per_epoch == 0:
+                raise ConfigError("The store has fewer samples than a global batch.", where="data.batch_size")
+            for batch in self._loader:
+                yield batch, {"ended": self._loader.batches == per_epoch}
+
+    def _record(
+        self,
+        sums: dict[str, float],
+        rate: float,
+        scheduled: tuple[float, float],
+        seconds: float,
+        waited: float,
+        micro: list[Batch],
+    ) -> None:
+        tokens = sum(batch.num_positions for batch in micro)
+        self._losses.append(sums["loss"])
+        self._times.append(seconds)
+        self._waited += waited
+        self._made += tokens
+        line = {
+            "step": self._state.step,
+            **{name: round(value, 8) for name, value in sums.items()},
+            "learning_rate": rate,
+            "alpha": scheduled[0],
+            "temperature": scheduled[1],
+            "tokens": tokens,
+            "step_seconds": round(seconds, 5),
+            "data_wait_seconds": round(waited, 5),
+        }
+        self._write_metrics(line)
+        if self._progress is not None and self._accelerator.is_main_process:
+            recent = self._times[-20:]
+            left = self._steps - self._state.step
+            self._progress(
+                TrainProgress(
+                    step=self._state.step,
+                    steps=self._steps,
+                    epoch=self._loader.epoch,
+                    loss=sums["loss"],
+                    tokens_per_second=self._made / max(1e-9, sum(self._times)),
+                    data_wait_share=self._waited / max(1e-9, sum(self._times)),
+                    eta_seconds=left * sum(recent) / len(recent),
+                )
+            )
+
+    def _validate(self) -> bool:
+        """Measure on the held-out store; keep the best student; say whether patience has run out."""
+        found = held_out(
+            self._plain.student,
+            open_store(str(self._config.data.validation)),
+            batch_size=self._config.data.batch_size,
+            device=self._accelerator.device,
+            chunk=self._config.loss.chunk_positions,
+        )
+        self._validation = found
+        value = getattr(found, self._config.run.metric)
+        line = {"step": self._state.step, "validation": asdict(found)}
+        self._write_metrics(line)
+        if self._state.best is None or value < self._state.best:
+            self._state.best, self._state.best_step, self._state.since_best = value, self._state.step, 0
+            if self._config.run.patience and self._accelerator.is_main_process:
+                self._save_student(self._root / "best")
+        else:
+            self._state.since_best += 1
+        return bool(self._config.run.patience) and self._state.since_best >= self._config.run.patience
+
+    def _finish(self, stopped_early: bool) -> TrainResult:
+        if self._config.data.validation and self._validation is None:
+            self._validate()
+        seconds = sum(self._times)
+        tenth = self._losses[-max(1, len(self._losses) // 10) :]
+        result = TrainResult(
+            steps=self._state.step,
+            epochs=self._loader.epoch + (self._loader.batches > 0),
+            positions=self._state.positions,
+            loss=statistics.fmean(tenth) if tenth else float("nan"),
+            seconds=round(seconds, 3),
+            step_seconds=round(statistics.median(self._times), 5) if self._times else 0.0,
+            tokens_per_second=round(self._made / seconds, 1) if seconds else 0.0,
+            data_wait_share=round(self._waited / seconds, 5) if seconds else 0.0,
+            peak_memory_bytes=peak_memory_bytes(),
+            accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            student_parameters=sum(one.numel() for one in self._plain.student.parameters()),
+            tail=_tail(self._config),
+            validation=None if self._validation is None else asdict(self._validation),
+            stopped_early=stopped_early,
+            already_complete=False,
+            teacher_in_memory=any(name.startswith(("kdcache.teachers", "kdcache.capture")) for name in sys.modules),
+            store_digest=self._store.digest,
+        )
+        if self._accelerator.is_main_process:
+            require_finite_weights(self._plain.student)
+            if stopped_early:
+                shutil.copytree(self._root / "best", self._root, dirs_exist_ok=True)
+            else:
+                self._save_student(self._root)
+            document = {
+                "identity": self._identity,
+                "config": self._config.model_dump(mode="json"),
+                "result": result.as_dict(),
+            }
+            write_object(self._root, RESULT, json.dumps(document, indent=2).encode())
+        self._accelerator.wait_for_everyone()
+        return result
+
+    def _save_student(self, folder: Path) -> None:
+        save_student(self._plain.student, self._config.student, self._store.tokenizer_files(), folder)
+
+    def _due(self, every: int) -> bool:
+        """Whether something is due after this step: every so many steps, or (0) at the end of an epoch."""
+        return self._state.step % (every or self._per_epoch) == 0
+
+    def _save(self) -> None:
+        if self._accelerator.is_main_process:
+            state = {**self._identity, "run": asdict(self._state), "stream": self._loader.state_dict()}
+            folder = self._root / "checkpoints"
+            checkpoint.save(folder, self._state.step, state, self._plain, _inner(self._optimizer))
+        self._accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self._root / "checkpoints", self._identity)
+        if found is None:
+            (self._root / METRICS).unlink(missing_ok=True)
+            return
+        checkpoint.restore(found, self._plain, _inner(self._optimizer))
+        self._state = _State(**found.state["run"])
+        self._loader.load_state_dict(found.state["stream"])
+        path = self._root / METRICS
+        if path.is_file() and self._accelerator.is_main_process:
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= found.step))
+        _log.info("resumed at step %d", found.step)
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            with (self._root / METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _stream(self) -> StreamConfig:
+        data, wanted = self._config.data, needs(self._config.loss)
+        live = self._transform is not None
+        return StreamConfig(
+            batch_size=data.batch_size,
+            seed=self._config.run.seed if data.seed is None else data.seed,
+            shuffle=data.shuffle,
+            pool_shards=data.pool_shards,
+            targets=wanted.targets and not live,
+            draws=wanted.draws and not live,
+            hidden=() if live else wanted.hidden,
+            workers=data.workers,
+            rank=self._accelerator.process_index,
+            world_size=self._accelerator.num_processes,
+        )
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [one for one in module.parameters() if one.requires_grad and one.ndim >= 2]
+    others = [one for one in module.parameters() if one.requires_grad and one.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer  # type: ignore[no-any-return]
+
+
+def _tail(config: TrainConfig) -> str:
+    if extremes(config.loss.alpha)[1] == 0:
+        return "none: hard labels only"
+    return f"{config.loss.tail} ({POLICY_KIND[config.loss.tail]})"
