@@ -121,15 +121,15 @@ def test_steps8_errs_by_half_the_rows_step_and_errors_do_not_add_up(seed: int) -
 
 def test_steps8_refuses_what_it_cannot_keep() -> None:
     with pytest.raises(ValueError, match="descending"):
-        codec("steps8").encode(np.array([[1.0, 2.0, 0.0]]))
-    with pytest.raises(ValueError, match="at least 3"):
-        codec("steps8").parts((2,))
+        codec("steps8").encode(np.array([[1.0, 2.0, 0.0, -1.0]]))
+    with pytest.raises(ValueError, match="at least 4"):
+        codec("steps8").parts((3,))
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "int8", "steps8"])
 def test_lossy_codecs_refuse_what_is_not_finite(name: str) -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):
-        codec(name).encode(np.array([[np.nan, 1.0, 0.5]], dtype=np.float32))
+        codec(name).encode(np.array([[np.nan, 1.0, 0.5, 0.0]], dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", ["pickle", "zlib", "__init__", "../x"])
