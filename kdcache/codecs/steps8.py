@@ -1,8 +1,8 @@
 """`steps8`: sorted logits as 8-bit gaps with error feedback, one step a row.
 
 With r_0 the row's maximum, gap i is the whole number round((r_{i-1} - z_i) / s) and r_i = r_{i-1} - gap * s, so
-rounding errors do not add up. The first two gaps, often the largest by far, are kept apart in half precision; s is
-the larger of 1/128 and the largest other gap / 254.
+rounding errors do not add up. The row's largest gap, a cliff behind its few good candidates, is kept apart in half
+precision with its place; s is the larger of 1/128 and the largest other gap / 254.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ class Steps8:
         return "float32"
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        if shape[0] < 4:
-            raise ValueError("the codec 'steps8' needs at least 4 entries a row")
+        if shape[0] < 2:
+            raise ValueError("the codec 'steps8' needs at least 2 entries a row")
         return {
-            "": Part("uint8", (shape[0] - 3,)),
+            "": Part("uint8", (shape[0] - 1,)),
             "max": Part("float32", (), compressor="shuffle"),
-            "first": Part("float16", (2,), compressor="shuffle"),
+            "gap": Part("float16", (), compressor="shuffle"),
+            "place": Part("uint16", (), compressor="shuffle"),
             "step": Part("float16", (), compressor="shuffle"),
         }
 
@@ -39,31 +40,32 @@ class Steps8:
         gaps = logits[:, :-1] - logits[:, 1:]
         if (gaps < 0).any():
             raise ValueError("the codec 'steps8' needs logits in descending order")
-        top = logits[:, 0].astype(np.float32)
-        reached = top.astype(np.float64)
-        first = np.zeros((len(logits), 2), dtype=np.float16)
-        for entry in range(2):
-            first[:, entry] = reached - logits[:, entry + 1]
-            reached = reached - np.maximum(first[:, entry], 0).astype(np.float64)
-        if not np.isfinite(first).all():
-            raise ValueError("one of the first gaps is beyond float16")
-        first = np.maximum(first, np.float16(0))
-        step = np.maximum(1 / 128, gaps[:, 2:].max(axis=1, initial=0.0) / 254)
-        # rounded up, so that the largest gap still fits 255 steps
+        rows = np.arange(len(logits))
+        place = gaps.argmax(axis=1)
+        largest = gaps[rows, place]
+        if len(gaps) and largest.max() > 65504:
+            raise ValueError("a gap is beyond float16")
+        gap = largest.astype(np.float16)
+        gaps[rows, place] = 0.0
+        step = np.maximum(1 / 128, gaps.max(axis=1, initial=0.0) / 254)
+        # rounded up, so that the largest other gap still fits 255 steps
         step = np.nextafter(step.astype(np.float16), np.float16(np.inf))
         quanta = step.astype(np.float64)
-        codes = np.zeros((len(logits), logits.shape[1] - 3), dtype=np.uint8)
-        for entry in range(codes.shape[1]):
-            code = np.rint((reached - logits[:, entry + 3]) / quanta).clip(0, 255)
+        top = logits[:, 0].astype(np.float32)
+        reached = top.astype(np.float64)
+        codes = np.zeros((len(logits), logits.shape[1] - 1), dtype=np.uint8)
+        for entry in range(logits.shape[1] - 1):
+            reached = reached - np.where(place == entry, gap.astype(np.float64), 0.0)
+            code = np.rint((reached - logits[:, entry + 1]) / quanta).clip(0, 255)
             reached = reached - code * quanta
             codes[:, entry] = code
-        return {"": codes, "max": top, "first": first, "step": step}
+        return {"": codes, "max": top, "gap": gap, "place": place.astype(np.uint16), "step": step}
 
     def decode(self, parts: Parts) -> Array:
-        second = parts["max"] - parts["first"][:, 0].astype(np.float32)
-        third = second - parts["first"][:, 1].astype(np.float32)
         below = np.cumsum(parts[""], axis=1, dtype=np.int32) * parts["step"].astype(np.float32)[:, None]
-        return np.column_stack([parts["max"], second, third, third[:, None] - below]).astype(np.float32)
+        beyond = np.arange(below.shape[1]) >= parts["place"][:, None]
+        below = below + np.where(beyond, parts["gap"].astype(np.float32)[:, None], np.float32(0))
+        return np.column_stack([parts["max"], parts["max"][:, None] - below]).astype(np.float32)
 
 
 plugin = Steps8
