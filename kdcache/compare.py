@@ -6,7 +6,6 @@ step is kept under `steps/` and not run again, so a stopped comparison goes on w
 """
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from kdcache import display
 from kdcache.config import Section
 from kdcache.errors import KdcacheError
 from kdcache.fingerprint import digest_json
+from kdcache.process import machine
 
 COLUMNS = ("", "held-out perplexity", "KL to teacher", "same top-1", "tokens/s", "step ms", "peak memory")
 
@@ -83,7 +83,7 @@ class _Steps:
             path.write_text(yaml.safe_dump(config, sort_keys=False))
             line.append(str(path))
         line += [*rest, "--json"]
-        if self.quiet and command != "eval":
+        if self.quiet and command in ("capture", "train"):
             line.append("--quiet")
         began = time.perf_counter()
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
@@ -165,7 +165,9 @@ def _table(
                 _spread([run["train"]["peak_memory_bytes"] / 1e6 for run in seeds], 0) + " MB",
             ]
         )
+    host = machine()
     notes = [
+        f"machine: {host['processor']}, {host['cores']} cores; Python {host['python']}",
         f"store: {info['positions']:,} positions, {info['bytes_per_position']:.1f} bytes a position, "
         f"k = {info['k']}, digest {info['digest'][:12]}; held out: {held['positions']:,} positions; "
         f"KL is {first['kl_kind']}, in nats a position",
@@ -176,11 +178,7 @@ def _table(
         "columns": list(COLUMNS),
         "rows": rows,
         "notes": notes,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": host,
         "measurements": {"capture": captured, "held_out": held, "store": info, "runs": runs},
     }
 

@@ -3,6 +3,7 @@
 Every function takes the JSON-ready value that `--json` prints, so that both forms say the same.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 
 Result = dict[str, Any]
 
-_out = Console(highlight=False)
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False)
 
 

@@ -1,11 +1,14 @@
-"""What a long run owes the machine it is on: it stops when asked to, and says how much memory it took."""
+"""What a long run owes the machine it is on: it stops when asked to, and says what it took of which machine."""
 
+import os
+import platform
 import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +38,28 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident size this process has had."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    """Return the largest resident size this process has had since its program began."""
+    try:
+        # Linux: getrusage also counts what the parent process held when it started this one
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def machine() -> dict[str, str | int]:
+    """Return what measurements stand beside: processor, cores this process may use, system, Python."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "processor": processor,
+        "cores": cores,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }

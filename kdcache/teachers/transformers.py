@@ -152,6 +152,7 @@ class TransformersTeacher:
                     use_safetensors=True,
                 )
                 model = model.to(self._device).eval().requires_grad_(False)
+                model.config.get_text_config().use_cache = False  # nothing is generated: keys and values are not kept
         except Exception as error:
             raise AccessError(
                 f"The teacher does not load: {str(error).splitlines()[0]}",

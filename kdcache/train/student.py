@@ -90,7 +90,7 @@ def is_fused(model: Any) -> bool:
             device = next(model.parameters()).device
             ids = torch.tensor([PROBE], device=device) % model.get_input_embeddings().weight.shape[0]
             own = model(input_ids=ids).logits.float()
-            ours = head_of(model).logits(model.base_model(input_ids=ids).last_hidden_state).float()
+            ours = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
             return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-2, atol=1e-2)
     except (TypeError, AttributeError, RuntimeError):
         return False
@@ -120,7 +120,7 @@ def run_student(model: Any, padded: Padded, layers: Sequence[str], *, fused: boo
             raise ConfigError("This student gives logits only: hidden losses need a transformers model.")
         return StudentOutput(None, None, logits.flatten(0, 1)[padded.index], {})
     deep = any(layer != "final" for layer in layers)
-    out = model.base_model(input_ids=padded.input_ids, output_hidden_states=deep)
+    out = model.base_model(input_ids=padded.input_ids, output_hidden_states=deep, use_cache=False)
     hidden = out.last_hidden_state.flatten(0, 1)[padded.index]
     found = {}
     for layer in layers:

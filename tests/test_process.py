@@ -1,0 +1,62 @@
+"""Stopping when asked to, and memory as the system counts it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kdcache.process import machine, peak_memory_bytes, stop_signals
+
+
+def test_the_first_signal_asks_and_the_second_acts_as_usual() -> None:
+    with stop_signals() as stopped:
+        assert not stopped.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.wait(1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    seen = []
+
+    def work() -> None:
+        with stop_signals() as stopped:
+            seen.append((stopped.is_set(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+def test_peak_memory_grows_with_what_was_touched() -> None:
+    before = peak_memory_bytes()
+    block = bytearray(before + (64 << 20))
+    block[:: 1 << 12] = b"x" * len(range(0, len(block), 1 << 12))
+    assert peak_memory_bytes() > before + (32 << 20)
+
+
+def test_a_process_does_not_count_what_its_parent_held() -> None:
+    block = bytearray(400 << 20)
+    block[:: 1 << 12] = b"x" * len(range(0, len(block), 1 << 12))
+    line = "from kdcache.process import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 << 20 < len(block)
+
+
+def test_the_machine_has_a_name_and_cores() -> None:
+    found = machine()
+    assert found["processor"]
+    assert 1 <= int(found["cores"]) <= (os.cpu_count() or 1)
