@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ class Side:
         self.fill = fill
         self.alpha = float(loss.alpha)  # type: ignore[arg-type]
         targets = self.alpha > 0 and fill is None
-        self.batches: Iterator[Batch] = cycle(Loader(store, StreamConfig(batch_size=8, targets=targets)))
+        self.batches = _endless(Loader(store, StreamConfig(batch_size=8, targets=targets)))
         self.parameters = sum(one.numel() for one in student.parameters())
 
     def step(self) -> tuple[float, float, int]:
@@ -71,6 +70,11 @@ class Side:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - began, waited, batch.num_positions
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    while True:  # every epoch reads and decodes the store again
+        yield from loader
 
 
 def measure(store: Store, teacher_path: str, rounds: int, steps: int) -> list[str]:

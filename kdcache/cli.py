@@ -106,12 +106,14 @@ def verify(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Positions to compare with the live teacher.")] = 256,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every digest and row count of a store, and optionally its rows against the live teacher."""
     from kdcache import display
     from kdcache.verify import verify as run
 
-    report = run(store, quick=quick, teacher=teacher, rows=rows)
+    with display.count_progress("objects", quiet=quiet) as progress:
+        report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
     _print(report.as_dict(), as_json, display.verify_report)
     if report.problems:
         raise typer.Exit(3)
@@ -160,12 +162,14 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a student on a held-out store: perplexity, KL to the teacher, agreement, speed, memory."""
     from kdcache import display
     from kdcache.evaluate import evaluate as run
 
-    metrics = run(student, store, batch_size=batch_size)
+    with display.count_progress("samples", quiet=quiet) as progress:
+        metrics = run(student, store, batch_size=batch_size, progress=progress)
     _print(metrics.as_dict(), as_json, display.metrics)
 
 

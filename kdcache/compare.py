@@ -83,7 +83,7 @@ class _Steps:
             path.write_text(yaml.safe_dump(config, sort_keys=False))
             line.append(str(path))
         line += [*rest, "--json"]
-        if self.quiet and command in ("capture", "train"):
+        if self.quiet and command != "info":
             line.append("--quiet")
         began = time.perf_counter()
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)

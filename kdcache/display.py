@@ -134,6 +134,14 @@ def capture_progress(*, quiet: bool) -> Iterator[Callable[[Any], None] | None]:
         task = progress.add_task("capture", total=None, rate="", size="")
 
         def show(state: Any) -> None:
+            if state.stage == "samples":
+                progress.update(
+                    task,
+                    completed=state.documents_done,
+                    total=state.documents_total,
+                    description="documents to samples",
+                )
+                return
             progress.update(
                 task,
                 completed=state.positions_done,
@@ -144,6 +152,22 @@ def capture_progress(*, quiet: bool) -> Iterator[Callable[[Any], None] | None]:
             )
 
         yield show
+
+
+@contextmanager
+def count_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a callback that takes how many are done and all; None when quiet.
+
+    Args:
+        what: What is counted.
+        quiet: Show nothing.
+    """
+    if quiet:
+        yield None
+        return
+    with _bar() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -1,17 +1,18 @@
 """Measure a trained student on a held-out store, with no teacher in memory."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcache.errors import ConfigError, SourceError
+from kdcache.errors import ConfigError, MismatchError, SourceError
 from kdcache.process import peak_memory_bytes
 from kdcache.store import open_store
 from kdcache.stream import output_head_of
-from kdcache.tokenizer import differences
+from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train import RESULT, held_out
 from kdcache.train.student import load_student
 
@@ -53,13 +54,20 @@ class Metrics:
         return asdict(self)
 
 
-def evaluate(student: Path | str, store: Path | str | None = None, *, batch_size: int = 8) -> Metrics:
+def evaluate(
+    student: Path | str,
+    store: Path | str | None = None,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Metrics:
     """Return the measurements of a finished run's student.
 
     Args:
         student: The run's --out folder, or any folder with a transformers causal language model.
         store: A held-out store; default: the run's `data.validation`.
         batch_size: Samples a batch.
+        progress: Called with samples done and all.
 
     Raises:
         SourceError: There is no such folder, or no store to measure on.
@@ -83,7 +91,7 @@ def evaluate(student: Path | str, store: Path | str | None = None, *, batch_size
     _require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = output_head_of(opened).to(device) if opened.manifest.part("output_head") else None
-    found = held_out(model.to(device), opened, batch_size=batch_size, device=device, head=head)
+    found = held_out(model.to(device), opened, batch_size=batch_size, device=device, head=head, progress=progress)
     return Metrics(
         perplexity=found.perplexity,
         cross_entropy=found.cross_entropy,
@@ -101,9 +109,6 @@ def evaluate(student: Path | str, store: Path | str | None = None, *, batch_size
 
 
 def _require_same_tokenizer(folder: Path, recorded: dict[str, Any] | None) -> None:
-    from kdcache.errors import MismatchError
-    from kdcache.tokenizer import load_tokenizer, tokenizer_fingerprint
-
     if recorded is None or not (folder / "tokenizer.json").is_file():
         return
     if lines := differences(recorded, tokenizer_fingerprint(load_tokenizer(str(folder)))):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,8 +44,13 @@ WORK = "work"
 
 @dataclass(frozen=True, slots=True)
 class CaptureProgress:
-    """How far a capture is; times in seconds."""
+    """How far a capture is; times in seconds.
 
+    Attributes:
+        stage: "capture".
+    """
+
+    stage: ClassVar[str] = "capture"
     positions_done: int
     positions_total: int
     positions_per_second: float
@@ -53,6 +58,19 @@ class CaptureProgress:
     eta_seconds: float
     shard: int
     shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplesProgress:
+    """How far the making of samples is, before the teacher begins.
+
+    Attributes:
+        stage: "samples".
+    """
+
+    stage: ClassVar[str] = "samples"
+    documents_done: int
+    documents_total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ def capture(
     config: CaptureConfig,
     out: Path | str,
     *,
-    progress: Callable[[CaptureProgress], None] | None = None,
+    progress: Callable[[CaptureProgress | SamplesProgress], None] | None = None,
     teacher: Teacher | None = None,
 ) -> CaptureResult:
     """Run a teacher over a source and write a store; go on with one that was begun; do nothing if it is complete.
@@ -102,7 +120,7 @@ def capture(
     Args:
         config: What to run and what to keep.
         out: Folder of the store.
-        progress: Called after every batch.
+        progress: Called after every batch of documents, then of positions.
         teacher: A teacher to use in place of `config.teacher`.
 
     Raises:
@@ -135,6 +153,7 @@ def capture(
             limits=(model.max_length, model.vocab_size),
             identity={"tokenizer": identity},
             folder=root / WORK,
+            progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
         )
     plan = StorePlan(
         kind="causal_lm",

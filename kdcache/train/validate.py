@@ -5,6 +5,7 @@ Legend: `N` positions, `V` vocabulary.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ def held_out(
     device: torch.device | str = "cpu",
     head: OutputHead | None = None,
     chunk: int = 128,
+    progress: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Return the measurements of a student on every sample of a store, in the store's order.
 
@@ -77,6 +79,7 @@ def held_out(
         device: Where the student is.
         head: The teacher's output layer: with it, and the last hidden state in the store, the KL is exact.
         chunk: Positions of the output layer at a time.
+        progress: Called with samples done and all.
 
     Raises:
         MismatchError: The student's vocabulary is smaller than the store's.
@@ -87,6 +90,7 @@ def held_out(
     training = student.training
     student.eval()
     sums: Tensor | None = None
+    done = 0
     began = time.perf_counter()
     try:
         for batch in Loader(store, config):
@@ -94,6 +98,9 @@ def held_out(
             output = run_student(student, here.padded(), (), fused=fused)
             values = _sums(here, output, store.vocab_size, head if exact else None, chunk).double().cpu()
             sums = values if sums is None else sums + values
+            done += batch.num_samples
+            if progress is not None:
+                progress(done, len(store))
     finally:
         student.train(training)
     if sums is None or sums[-1] == 0:
@@ -149,4 +156,5 @@ def _sums(batch: Batch, output: StudentOutput, vocab_size: int, head: OutputHead
         totals[2] += (best == some.ids[:, 0]).sum()
         totals[3] += (best == labels[here]).sum()
     teacher = (targets.log_partition(1.0) - targets.label_logit).sum()
-    return torch.stack([*(torch.as_tensor(one).float() for one in totals), teacher, torch.tensor(float(len(rows)))])
+    found = [*totals, teacher, float(len(rows))]
+    return torch.stack([torch.as_tensor(one, dtype=torch.float32, device=rows.device) for one in found])

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdcache.capture import CaptureProgress, capture, plan_shards
+from kdcache.capture import CaptureProgress, SamplesProgress, capture, plan_shards
 from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
 from kdcache.errors import (
@@ -97,8 +97,8 @@ def test_stopped_at_every_shard_it_goes_on_to_the_same_digest(tmp_path: Path) ->
 
     for shard in range(shards):
 
-        def die(state: CaptureProgress, shard: int = shard) -> None:
-            if state.shard == shard:
+        def die(state: CaptureProgress | SamplesProgress, shard: int = shard) -> None:
+            if isinstance(state, CaptureProgress) and state.shard == shard:
                 raise Killed
 
         with pytest.raises(Killed):
