@@ -9,9 +9,10 @@ state that resumes a run is one number: the batches consumed.
 
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class StreamConfig(Section):
         batch_size: Samples a batch and rank.
         seed: Of the order.
         shuffle: Permute shards, and samples within pools of shards; else the store's own order.
-        pool_shards: Shards whose samples are mixed, and that a process holds decoded at a time.
+        pool_shards: Shards whose samples are mixed; a process holds these and as many of the next decoded.
         targets: Read the teacher's rows.
         draws: Read the tail draws too.
         hidden: Layers whose features are read.
@@ -119,10 +120,14 @@ class StreamDataset(IterableDataset[Batch]):
             order = sample_order(counts, seed=config.seed, epoch=self.epoch, pool_shards=config.pool_shards)
         else:
             order = np.arange(len(self._store))
-        reader = _PoolReader(self._store, config)
         whole = config.batch_size * config.world_size
-        for number in range(self.start + first, len(self), step):
-            yield reader.batch(order[number * whole : (number + 1) * whole][config.rank :: config.world_size])
+        place = np.arange(min(len(order), len(self) * whole))
+        number = place // whole - self.start - first
+        mine = (number >= 0) & (number % step == 0) & (place % whole % config.world_size == config.rank)
+        ends = np.flatnonzero(np.diff(number[mine], append=-1)) + 1
+        with _ShardReader(self._store, config, order[: len(place)][mine], threads=2 if worker is None else 1) as reader:
+            for begin, end in pairwise([0, *ends.tolist()]):
+                yield reader.batch(begin, end)
 
 
 class Loader:
@@ -198,26 +203,51 @@ class Loader:
         self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
 
 
-class _PoolReader:
-    """Makes batches from decoded shards, of which it holds as many as a pool has."""
+class _ShardReader:
+    """Makes batches of samples in a known order; threads decode the shards that come next.
 
-    def __init__(self, store: Store, config: StreamConfig) -> None:
+    It holds the shards of a pool and decodes those of the next: memory does not depend on the store's size.
+
+    Args:
+        store: Where from.
+        config: What.
+        samples: int64, their numbers in the order in which they will be asked for.
+        threads: That decode.
+    """
+
+    def __init__(self, store: Store, config: StreamConfig, samples: NDArray[np.int64], *, threads: int) -> None:
         self._store = store
         self._config = config
         self._columns = _columns(store, config)
-        self._firsts = np.asarray([shard.first_sample for shard in store.shards])
-        self._held: OrderedDict[int, Shard] = OrderedDict()
+        self._samples = samples
+        firsts = np.asarray([shard.first_sample for shard in store.shards])
+        self._shards = np.searchsorted(firsts, samples, side="right") - 1
+        self._last = dict(zip(self._shards.tolist(), range(len(samples)), strict=True))
+        self._needed = list(self._last)  # a dictionary keeps the order of first appearance
+        self._turns = {index: turn for turn, index in enumerate(self._needed)}
+        self._asked = 0
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kdcache-decode")
+        self._held: dict[int, Future[Shard]] = {}
 
-    def batch(self, numbers: NDArray[np.int64]) -> Batch:
-        """Return the samples of these numbers as one batch."""
+    def __enter__(self) -> "_ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, begin: int, end: int) -> Batch:
+        """Return the samples at places begin to end of the order as one batch."""
+        numbers, shards = self._samples[begin:end], self._shards[begin:end].tolist()
         places = []
-        for number in numbers:
-            shard = self._shard(int(np.searchsorted(self._firsts, number, side="right")) - 1)
-            inside = int(number) - shard.first_sample
+        for number, index in zip(numbers.tolist(), shards, strict=True):
+            shard = self._shard(index)
+            inside = number - shard.first_sample
             places.append((shard, slice(int(shard.offsets[inside]), int(shard.offsets[inside + 1]))))
         columns = {
             name: np.concatenate([shard.columns[name][rows] for shard, rows in places]) for name in self._columns
         }
+        for index in {index for index in shards if self._last[index] < end}:
+            del self._held[index]
         lengths = [rows.stop - rows.start for _, rows in places]
         return Batch(
             input_ids=_ids(columns["input_ids"]),
@@ -230,12 +260,10 @@ class _PoolReader:
         )
 
     def _shard(self, index: int) -> Shard:
-        if index not in self._held:
-            while len(self._held) >= self._config.pool_shards:
-                self._held.popitem(last=False)
-            self._held[index] = self._store.read_shard(index, self._columns)
-        self._held.move_to_end(index)
-        return self._held[index]
+        for one in self._needed[self._asked : self._turns[index] + self._config.pool_shards + 1]:
+            self._held[one] = self._threads.submit(self._store.read_shard, one, self._columns)
+            self._asked += 1
+        return self._held[index].result()
 
 
 def output_head_of(store: Store) -> OutputHead:
@@ -279,14 +307,19 @@ def _require_columns(store: Store, config: StreamConfig) -> None:
 
 def _targets(columns: dict[str, NDArray[Any]], vocab_size: int) -> TensorTargets:
     return TensorTargets(
-        ids=_ids(columns["head_ids"]),
+        ids=_narrow(columns["head_ids"]),
         logits=torch.from_numpy(columns["head_logits"]),
         tail=torch.from_numpy(columns["tail_log_partition"]),
         label_logit=torch.from_numpy(columns["label_logit"]),
         vocab_size=vocab_size,
-        draw_ids=_ids(columns["draw_ids"]) if "draw_ids" in columns else None,
+        draw_ids=_narrow(columns["draw_ids"]) if "draw_ids" in columns else None,
         draw_logits=torch.from_numpy(columns["draw_logits"]) if "draw_logits" in columns else None,
     )
+
+
+def _narrow(values: NDArray[Any]) -> torch.Tensor:
+    # twice the bytes would cost more than reading them did: what indexes with them widens them
+    return torch.from_numpy(values.astype(np.int32, copy=False))
 
 
 def _ids(values: NDArray[Any]) -> torch.Tensor:

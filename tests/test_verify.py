@@ -27,7 +27,7 @@ def test_rows_are_compared_with_the_live_teacher(captured: tuple[Path, str]) -> 
     assert report.rows_compared >= 50
     assert report.top1_agreement == 1.0
     assert report.max_logit_difference is not None
-    assert report.max_logit_difference < 1 / 1024
+    assert report.max_logit_difference < 1 / 250  # half a step of 1/128, and a little
     assert report.as_dict()["ok"] is True
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdcache.store import (
     HiddenSpec,
+    Kept,
     SampleTable,
     ShardPlan,
     Store,
@@ -164,7 +165,7 @@ def write_store(
     columns = standard_columns(
         k=k,
         vocab_size=vocabulary,
-        logits=logits,
+        kept=Kept(logits),
         hidden=[HiddenSpec(layer, width, "float32") for layer, width in widths.items()],
     )
     writer = StoreWriter.open(folder, plan(columns, rows, vocabulary=vocabulary, k=k))

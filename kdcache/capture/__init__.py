@@ -16,25 +16,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from kdcache.capture.config import CaptureConfig, HiddenConfig, TargetsConfig
+from kdcache.capture.config import CaptureConfig
+from kdcache.capture.keep import columns_of, output_head_of, ranking_of
 from kdcache.capture.rows import RowMaker
 from kdcache.errors import ConfigError, Interrupted
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
-from kdcache.store import (
-    HiddenSpec,
-    OutputHead,
-    SampleTable,
-    ShardPlan,
-    Store,
-    StorePlan,
-    StoreWriter,
-    open_store,
-    standard_columns,
-)
+from kdcache.store import SampleTable, ShardPlan, Store, StorePlan, StoreWriter, open_store
 from kdcache.store.manifest import FILE
 from kdcache.store.objects import storage_errors
+from kdcache.store.schema import RANKED
 from kdcache.teachers import Teacher, load_teacher
 from kdcache.tokenizer import tokenizer_files, tokenizer_fingerprint
 
@@ -155,9 +147,15 @@ def capture(
             folder=root / WORK,
             progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
         )
+    columns = columns_of(config, model)
+    ranking = None
+    if any(column.codec == RANKED for column in columns):
+        ranking = StoreWriter.begun_ranking(root)
+        if ranking is None:
+            ranking = ranking_of(model, samples, config.targets.k)
     plan = StorePlan(
         kind="causal_lm",
-        columns=_columns(config.targets, model),
+        columns=columns,
         shard_rows=config.store.shard_positions,
         chunk_rows=min(config.store.chunk_positions, config.store.shard_positions),
         vocab_size=model.vocab_size,
@@ -170,7 +168,8 @@ def capture(
         skipped=samples.counts,
         shards=tuple(plan_shards(samples.lengths - 1, config.store.shard_positions)),
         tokenizer_files={} if tokenizer is None else tokenizer_files(tokenizer),
-        output_head=_output_head(model) if config.targets.exact else None,
+        output_head=output_head_of(model) if config.targets.exact else None,
+        ranking=ranking,
     )
     writer = StoreWriter.open(root, plan)
     return _Run(config, model, samples, writer, progress).run()
@@ -326,44 +325,6 @@ def _result(
         accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         memory_retries=retries,
         skipped=counts,
-    )
-
-
-def _columns(config: TargetsConfig, teacher: Teacher) -> Any:
-    layers = {one.layer: one for one in config.hidden}
-    if len(layers) != len(config.hidden):
-        raise ConfigError("A layer is named twice.", where="targets.hidden")
-    if config.exact:
-        if teacher.output_head() is None:
-            raise ConfigError(
-                "exact keeps the last hidden state, and this teacher only gives logits.",
-                where="targets.exact",
-                hint="Set targets.k to the vocabulary size instead.",
-            )
-        kept = "bfloat16" if teacher.dtype == torch.bfloat16 else "float32"
-        layers["final"] = HiddenConfig(layer="final", dtype=kept)  # type: ignore[arg-type]
-    specs = [
-        HiddenSpec(one.layer, teacher.hidden_width(one.layer), one.dtype)
-        for one in layers.values()
-        if one.keep != "pooled"
-    ]
-    for one in layers.values():
-        teacher.hidden_width(one.layer)
-    return standard_columns(
-        k=config.k, vocab_size=teacher.vocab_size, logits=config.logits, draws=config.draws, hidden=specs
-    )
-
-
-def _output_head(teacher: Teacher) -> OutputHead:
-    head = teacher.output_head()
-    if head is None:
-        raise ConfigError("This teacher only gives logits.", where="targets.exact")
-    return OutputHead(
-        weight=head.weight.float().cpu().numpy(),
-        bias=None if head.bias is None else head.bias.float().cpu().numpy(),
-        scale=head.scale,
-        softcap=head.softcap,
-        codec="bfloat16" if head.weight.dtype == torch.bfloat16 else "float32",
     )
 
 

@@ -36,7 +36,9 @@ class TargetsConfig(Section):
 
     Attributes:
         k: Largest logits kept.
-        logits: Codec of the kept logits: steps16 (error 1/2048 nat), steps8, float16 or float32.
+        logits: Codec of the kept logits: levels (whole steps), bits (exact), float16, bfloat16, float32, steps16 or
+            steps8; default: as `store.preset` says.
+        steps_per_nat: Of levels: the error is half a step, 0.4 % of a probability at T = 1 with 128.
         draws: Ids drawn from the tail, for unbiased tail sums; 0 for none.
         hidden: Layers whose features are kept.
         exact: Also keep the last hidden state and, once, the output layer: the whole distribution comes back.
@@ -44,7 +46,8 @@ class TargetsConfig(Section):
     """
 
     k: int = Field(default=64, ge=1)
-    logits: Literal["steps16", "steps8", "float16", "float32"] = "steps16"
+    logits: Literal["levels", "bits", "float16", "bfloat16", "float32", "steps16", "steps8"] | None = None
+    steps_per_nat: int = Field(default=128, ge=1, le=4096)
     draws: int = Field(default=0, ge=0)
     hidden: tuple[HiddenConfig, ...] = ()
     exact: bool = False
@@ -55,10 +58,13 @@ class StoreConfig(Section):
     """How the store is cut.
 
     Attributes:
+        preset: compact (ranked ids, logits in whole steps), lossless (ranked ids, logits to the last bit), or raw
+            (nothing is compressed: the largest and the fastest to read).
         shard_positions: Positions a shard has room for; what at most is lost when a capture is killed.
         chunk_positions: Positions compressed together.
     """
 
+    preset: Literal["compact", "lossless", "raw"] = "compact"
     shard_positions: int = Field(default=65536, ge=1)
     chunk_positions: int = Field(default=4096, ge=1)
 

@@ -90,14 +90,10 @@ class RowMaker:
         try:
             columns, pooled = self._measured(samples, first + batch)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise TeacherMemoryError(
-                    f"The teacher runs out of memory on one sample of {len(samples[0].tokens)} tokens.",
-                    where=samples[0].id,
-                    hint="Lower samples.max_length, or use a smaller dtype or a larger device.",
-                ) from error
+                raise too_large(samples[0]) from error
             made.retries += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -211,7 +207,17 @@ def _mean(rows: Array, counts: Array) -> Array:
     return mean
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def too_large(sample: SampleTokens) -> TeacherMemoryError:
+    """Return the error for a sample that does not fit alone."""
+    return TeacherMemoryError(
+        f"The teacher runs out of memory on one sample of {len(sample.tokens)} tokens.",
+        where=sample.id,
+        hint="Lower samples.max_length, or use a smaller dtype or a larger device.",
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory, of the device or of the host, ran out."""
     text = str(error).lower()
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError)

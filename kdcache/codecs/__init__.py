@@ -17,10 +17,13 @@ from kdcache.errors import UnsupportedError
 
 Array = NDArray[Any]
 Parts = dict[str, Array]
-Compressor = Literal["none", "zstd", "shuffle", "bitshuffle"]
+Compressor = Literal["none", "fast", "zstd", "shuffle", "bitshuffle"]
 
-KNOWN = ("integer", "float32", "float16", "bfloat16", "int8", "steps16", "steps8", "log_partition")
-"""Codecs of format 1.0: a store that names another is refused."""
+KNOWN = (
+    *("integer", "float32", "float16", "bfloat16", "int8", "steps16", "steps8", "log_partition"),  # format 1.0
+    *("ranked", "levels", "bits"),  # format 1.1
+)
+"""Codecs of this release's format: a store that names another is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Part:
         dtype: Of the stored array, as Zarr names it.
         shape: Of one entry.
         per: "row" for an entry a position, "shard" for one a shard.
-        compressor: zstd; or Blosc's zstd after a byte or bit shuffle; or none.
+        compressor: zstd at level 3, or fast: at level 1; or Blosc's zstd after a byte or bit shuffle; or none.
     """
 
     dtype: str
@@ -67,7 +70,7 @@ def codec(name: str, parameters: dict[str, Any] | None = None) -> Codec:
     """Return the codec of a name and its JSON parameters.
 
     Raises:
-        UnsupportedError: The name is not one of format 1.0, or the parameters are not the codec's.
+        UnsupportedError: The name is not one of the format's, or the parameters are not the codec's.
     """
     if name not in KNOWN:
         raise UnsupportedError(

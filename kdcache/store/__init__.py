@@ -3,14 +3,16 @@
 from kdcache.store.check import Problem, check
 from kdcache.store.manifest import VERSION, Manifest, ShardInfo, load_manifest
 from kdcache.store.progress import Progress, progress
+from kdcache.store.ranking import rank_by_count
 from kdcache.store.reader import Sample, Shard, Store, open_store
-from kdcache.store.schema import Column, HiddenSpec, OutputHead, ShardPlan, StorePlan, standard_columns
+from kdcache.store.schema import Column, HiddenSpec, Kept, OutputHead, ShardPlan, StorePlan, standard_columns
 from kdcache.store.writer import SampleTable, StoreWriter
 
 __all__ = [
     "VERSION",
     "Column",
     "HiddenSpec",
+    "Kept",
     "Manifest",
     "OutputHead",
     "Problem",
@@ -27,5 +29,6 @@ __all__ = [
     "load_manifest",
     "open_store",
     "progress",
+    "rank_by_count",
     "standard_columns",
 ]

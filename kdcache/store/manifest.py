@@ -23,7 +23,7 @@ from kdcache.fingerprint import digest_json
 from kdcache.store.objects import Object, check_name
 from kdcache.store.schema import ALIGNMENT, Column
 
-FORMAT, VERSION = "kdcache", "1.0"
+FORMAT, VERSION = "kdcache", "1.1"
 FILE = "manifest.json"
 MAX_BYTES = 256 << 20
 MAX_DEPTH = 32
@@ -221,6 +221,7 @@ def _column(entry: dict[str, Any], shard_rows: int) -> Column:
         shape=shape,
         unit=str(entry["unit"]),
         description=str(entry["description"]),
+        compressed=entry.get("compressed", True) is not False,
     )
     codec(column.codec, column.parameters)  # an unknown codec is refused by name
     row_bytes = 8

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -115,6 +115,60 @@ def read_object(root: Path, name: str, expected: Object) -> bytes:
     if len(data) != expected.bytes or found != expected.digest:
         raise _corrupt(path, f"its digest is {found[:16]}, and the manifest says {expected.digest[:16]}")
     return data
+
+
+class Objects:
+    """The objects that a manifest lists, each verified whole before its first byte is handed out, once a process."""
+
+    def __init__(self, root: Path, listed: Mapping[str, Object]) -> None:
+        self.root = root
+        self._listed = listed
+        self._verified: set[str] = set()
+
+    def content(self, name: str) -> bytes:
+        """Return a whole object; its digest is checked each time.
+
+        Raises:
+            MissingObjectError, CorruptObjectError, UnsafeError, AccessError: As `read_object`; also where the manifest
+                does not list the name.
+        """
+        data = read_object(self.root, name, self._expected(name))
+        self._verified.add(name)
+        return data
+
+    def part(self, name: str, start: int, stop: int) -> memoryview:
+        """Return bytes start to stop of an object; the first call for it verifies the whole.
+
+        Raises:
+            CorruptObjectError: The object changed its length since, or errors as `content`.
+        """
+        if name not in self._verified:
+            return memoryview(self.content(name))[start:stop]
+        path = self.root / name  # located and verified before
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        except FileNotFoundError as error:
+            raise missing(path) from error
+        except OSError as error:
+            raise AccessError(f"The object cannot be read: {error.strerror}.", where=str(path)) from error
+        if len(data) != stop - start:
+            raise _corrupt(path, "it has become shorter since it was verified")
+        return memoryview(data)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an object as the manifest lists it."""
+        return self._expected(name).bytes
+
+    def _expected(self, name: str) -> Object:
+        if name not in self._listed:
+            raise CorruptObjectError(
+                "The manifest does not list an object of the store.",
+                where=name,
+                hint="Copy the store again, or capture it again.",
+            )
+        return self._listed[name]
 
 
 def locate(root: Path, name: str) -> Path:

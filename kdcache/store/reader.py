@@ -16,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdcache.codecs import codec
+from kdcache.codecs import Part, codec
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
-from kdcache.store.arrays import VerifiedObjects, array_metadata, open_array, read
+from kdcache.store.arrays import array_metadata
+from kdcache.store.chunks import decode_rows
 from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
-from kdcache.store.schema import COUNTS, Column, OutputHead
+from kdcache.store.objects import Objects
+from kdcache.store.ranking import read_ranking
+from kdcache.store.schema import COUNTS, HEAD_CHUNK_ROWS, RANKED, Column, OutputHead
 from kdcache.targets import Targets
 
 Array = NDArray[Any]
@@ -108,10 +111,11 @@ class Store(Sequence[Sample]):
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._objects = VerifiedObjects(path, manifest.objects)
+        self._objects = Objects(path, manifest.objects)
         self._columns = {column.name: column for column in manifest.columns}
-        self._arrays: dict[str, Any] = {}
+        self._checked: set[str] = set()
         self._first_samples = [shard.first_sample for shard in manifest.shards]
+        self._rank_table: Array | None = None
         self._table = lru_cache(maxsize=64)(self._read_table)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -181,9 +185,9 @@ class Store(Sequence[Sample]):
         index = bisect_right(self._first_samples, position) - 1
         table = self._table(index)
         inside = position - self._first_samples[index]
-        start = table["first_row"][inside].as_py()
-        stop = start + table["rows"][inside].as_py()
-        columns = {name: self._read(column, index, start, stop) for name, column in self._columns.items()}
+        start = table["first_row"][inside].as_py() - index * self.manifest.shard_rows
+        rows = slice(start, start + table["rows"][inside].as_py())
+        columns = {name: self._read(column, index, rows) for name, column in self._columns.items()}
         return self._sample(table, inside, columns)
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> Shard:
@@ -199,7 +203,6 @@ class Store(Sequence[Sample]):
         """
         info = self.shards[index]
         table = self._table(index)
-        start = index * self.manifest.shard_rows
         names = list(self._columns) if columns is None else list(columns)
         if unknown := [name for name in names if name not in self._columns]:
             raise ConfigError(
@@ -207,7 +210,7 @@ class Store(Sequence[Sample]):
                 where=str(self.path),
                 hint=f"It has {', '.join(self._columns)}.",
             )
-        decoded = {name: self._read(self._columns[name], index, start, start + info.rows) for name in names}
+        decoded = {name: self._read(self._columns[name], index, slice(0, info.rows)) for name in names}
         offsets = np.concatenate([[0], np.cumsum(table["rows"].to_numpy().astype(np.int64))])
         return Shard(index, info.first_sample, offsets, decoded, table, self.vocab_size)
 
@@ -218,12 +221,18 @@ class Store(Sequence[Sample]):
             return None
         kept = codec(head["codec"])
 
-        def array(name: str, rows: int) -> Array:
-            return kept.decode({"": read(open_array(self._objects, f"output_head/{name}"), 0, rows)})
+        def array(name: str, rows: int, shape: tuple[int, ...]) -> Array:
+            padded = -(-rows // HEAD_CHUNK_ROWS) * HEAD_CHUNK_ROWS
+            path = f"output_head/{name}"
+            return kept.decode(
+                {"": self._rows(path, kept.parts(shape)[""], 0, slice(0, rows), padded, HEAD_CHUNK_ROWS)}
+            )
 
         rows = head["shape"][0]
-        bias = array("bias", rows) if head["bias"] else None
-        return OutputHead(array("weight", rows), bias, head["scale"], head["softcap"], head["codec"])
+        bias = array("bias", rows, ()) if head["bias"] else None
+        return OutputHead(
+            array("weight", rows, (head["shape"][1],)), bias, head["scale"], head["softcap"], head["codec"]
+        )
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the verified files that reload the tokenizer, by name; empty when it keeps none."""
@@ -239,23 +248,16 @@ class Store(Sequence[Sample]):
         """Return an object's verified bytes by its name in the manifest."""
         return self._objects.content(name)
 
-    def _read(self, column: Column, shard: int, start: int, stop: int) -> Array:
+    def _read(self, column: Column, shard: int, rows: slice) -> Array:
+        """Return the decoded values of a run of a shard's rows, counted from its first."""
         parts = {}
         for name, (path, layout) in column.arrays().items():
-            if path not in self._arrays:
-                expected = array_metadata(
-                    layout,
-                    len(self.shards),
-                    shard_rows=self.manifest.shard_rows,
-                    chunk_rows=self.manifest.chunk_rows,
-                )
-                if self._objects.content(f"{path}/zarr.json") != expected:
-                    _require_same_layout(self._objects.content(f"{path}/zarr.json"), expected, path)
-                self._arrays[path] = open_array(self._objects, path)
-            entries = (start, stop) if layout.per == "row" else (shard, shard + 1)
-            self._require_shard(path, layout.shape, shard)
-            parts[name] = read(self._arrays[path], *entries)
+            self._require_layout(path, layout)
+            span = rows if layout.per == "row" else slice(0, 1)
+            parts[name] = self._rows(path, layout, shard, span, self.manifest.shard_rows, self.manifest.chunk_rows)
         values = column.build().decode(parts)
+        if column.codec == RANKED:
+            values = self._ranking[values]
         if column.unit == "id" and values.size and int(values.max()) >= self.vocab_size:
             raise CorruptObjectError(
                 f"The column {column.name} has an id beyond the vocabulary of {self.vocab_size}.",
@@ -263,11 +265,38 @@ class Store(Sequence[Sample]):
             )
         return values
 
-    def _require_shard(self, path: str, shape: tuple[int, ...], shard: int) -> None:
-        # Zarr reads an absent object as fill values, which look like data: absence must not reach it.
-        name = "/".join([path, "c", str(shard), *("0" for _ in shape)])
-        if name not in self.manifest.objects:
-            raise CorruptObjectError("The manifest does not list an object of the shard.", where=name)
+    @property
+    def _ranking(self) -> Array:
+        if self._rank_table is None:
+            digest = self.manifest.part("ranking")
+            if not isinstance(digest, str):
+                raise CorruptObjectError("The store keeps ranks and no ranking.", where=str(self.path))
+            # ranks that no writer of ours made stand for an id beyond the vocabulary, which is refused
+            room = np.full(1 << max(8, (self.vocab_size - 1).bit_length() + 7 & ~7), self.vocab_size, dtype=np.int32)
+            room[: self.vocab_size] = read_ranking(self._objects, self.vocab_size, digest)
+            self._rank_table = room
+        return self._rank_table
+
+    def _rows(self, path: str, layout: Part, shard: int, span: slice, shard_rows: int, chunk_rows: int) -> Array:
+        name = "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
+        size = self._objects.size(name)
+        whole = 4 * (span.stop - span.start) >= shard_rows or layout.per == "shard"
+        data = self._objects.part(name, 0, size) if whole else None
+
+        def part(start: int, stop: int) -> memoryview:
+            return self._objects.part(name, start, stop) if data is None else data[start:stop]
+
+        return decode_rows(part, size, layout, span, shard_rows=shard_rows, chunk_rows=chunk_rows, where=name)
+
+    def _require_layout(self, path: str, layout: Part) -> None:
+        if path in self._checked:
+            return
+        rows, chunk = self.manifest.shard_rows, self.manifest.chunk_rows
+        expected = array_metadata(layout, len(self.shards), shard_rows=rows, chunk_rows=chunk)
+        found = self._objects.content(f"{path}/zarr.json")
+        if found != expected:
+            _require_same_layout(found, expected, path)
+        self._checked.add(path)
 
     def _read_table(self, index: int) -> pa.Table:
         name = f"samples/{index:05d}.parquet"

@@ -4,7 +4,7 @@ Legend: `N` positions, `K` kept entries, `M` tail draws, `D` hidden width, `V` v
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kdcache.codecs import Codec, Part, codec, parameters
 from kdcache.codecs.integer import narrowest
 from kdcache.errors import ConfigError
+from kdcache.fingerprint import digest_bytes
 from kdcache.targets.log_partition import NODES
 
 ALIGNMENT = {
@@ -20,8 +21,15 @@ ALIGNMENT = {
     "classifier": "one row a sample: the teacher's distribution of the sample's label",
 }
 
+RANKED = "ranked"
+"""The codec whose values are ranks in the store's ranking, not ids."""
+
 MASKED, COUNTS, INVALID = 0, 1, 2
 """Values of the column `loss_mask`: the label does not count, counts, or the teacher's row was not finite."""
+
+
+HEAD_CHUNK_ROWS = 4096
+"""Rows of a chunk of the output head's weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,7 @@ class Column:
         shape: Of a decoded row.
         unit: Of the decoded values.
         description: One sentence for a stranger.
+        compressed: Whether its arrays are compressed as the codec says, or not at all.
     """
 
     name: str
@@ -43,6 +52,7 @@ class Column:
     shape: tuple[int, ...]
     unit: str
     description: str
+    compressed: bool = True
 
     def build(self) -> Codec:
         """Return the column's codec."""
@@ -51,6 +61,8 @@ class Column:
     def arrays(self) -> dict[str, tuple[str, Part]]:
         """Return, for each part of the codec, the path of its array and what it holds."""
         parts = self.build().parts(self.shape)
+        if not self.compressed:
+            parts = {name: replace(part, compressor="none") for name, part in parts.items()}
         return {name: (f"columns/{self.name}{'.' if name else ''}{name}", part) for name, part in parts.items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -67,6 +79,8 @@ class Column:
             for name, (path, part) in self.arrays().items()
         ]
         own = {**asdict(self), "shape": list(self.shape), "dtype": self.build().dtype}
+        if self.compressed:
+            del own["compressed"]  # format 1.0 has no such member
         return {**own, "arrays": arrays}
 
 
@@ -118,6 +132,7 @@ class StorePlan:
         shards: In order; they tile the samples.
         tokenizer_files: Name and content of what reloads the tokenizer.
         output_head: The teacher's output layer, kept by `exact` captures.
+        ranking: int32 [V], ids by rank, where a column is kept as ranks.
     """
 
     kind: str
@@ -135,6 +150,7 @@ class StorePlan:
     shards: tuple[ShardPlan, ...]
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     output_head: OutputHead | None = None
+    ranking: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_rows < 1 or self.shard_rows % self.chunk_rows:
@@ -145,6 +161,8 @@ class StorePlan:
             )
         if not 1 <= self.k <= self.vocab_size:
             raise ConfigError(f"k = {self.k} is not in 1 to the vocabulary of {self.vocab_size}.", where="targets.k")
+        if any(column.codec == RANKED for column in self.columns) != (self.ranking is not None):
+            raise ConfigError("Columns kept as ranks need a ranking, and others none.", where="store.preset")
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan without its large arrays, as `plan.json` keeps it."""
@@ -172,6 +190,7 @@ class StorePlan:
                 "softcap": head.softcap,
                 "codec": head.codec,
             },
+            **({} if self.ranking is None else {"ranking": digest_bytes(self.ranking.astype("<i4").tobytes())}),
         }
 
 
@@ -184,32 +203,61 @@ class HiddenSpec:
     codec: str = "bfloat16"
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """With which codecs a store keeps a head.
+
+    Attributes:
+        logits: Codec of the kept logits.
+        parameters: Its parameters.
+        ranked: Ids are kept as ranks in the store's ranking.
+        differences: Of the codec `log_partition`.
+        compressed: False leaves every array as it is, for the fastest reading.
+    """
+
+    logits: str = "steps16"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    ranked: bool = False
+    differences: int = 0
+    compressed: bool = True
+
+
 def standard_columns(
-    *, k: int, vocab_size: int, logits: str = "steps16", draws: int = 0, hidden: Sequence[HiddenSpec] = ()
+    *, k: int, vocab_size: int, kept: Kept | None = None, draws: int = 0, hidden: Sequence[HiddenSpec] = ()
 ) -> tuple[Column, ...]:
     """Return the columns of a causal-LM store.
 
     Args:
         k: Entries kept.
         vocab_size: Ids are 0 to V - 1.
-        logits: Codec of the kept logits.
+        kept: How.
         draws: Tail draws a position; 0 for none.
         hidden: Layers whose features are kept at every position.
 
     Raises:
         ConfigError: A codec does not fit what it is asked to keep.
     """
+    kept = kept or Kept()
     ids = parameters(narrowest(vocab_size))
+    head_ids = (RANKED, {"vocab_size": vocab_size}) if kept.ranked else ("integer", ids)
+    tail = {"differences": kept.differences} if kept.differences else {}
     described = [
         ("input_ids", "integer", ids, (), "id", "token at the position: what the model sees"),
         ("labels", "integer", ids, (), "id", "the next token: what is predicted"),
         ("loss_mask", "integer", {"bits": 8}, (), "flag", "0 masked, 1 counts, 2 the teacher's row was not finite"),
-        ("head_ids", "integer", ids, (k,), "id", "ids of the k largest logits, descending"),
-        ("head_logits", logits, {}, (k,), "nat", "raw logits of head_ids: no temperature, not normalised"),
+        ("head_ids", *head_ids, (k,), "id", "ids of the k largest logits, descending"),
+        (
+            "head_logits",
+            kept.logits,
+            kept.parameters,
+            (k,),
+            "nat",
+            "raw logits of head_ids: no temperature, not normalised",
+        ),
         (
             "tail_log_partition",
             "log_partition",
-            {},
+            tail,
             (len(NODES),),
             "nat",
             f"log-sum-exp of b*z over the tail minus b*head_logits[-1], at b = {', '.join(map(str, NODES))}",
@@ -225,7 +273,7 @@ def standard_columns(
         described.append(
             (f"hidden.{spec.layer}", spec.codec, {}, (spec.width,), "1", f"hidden state of layer {spec.layer}")
         )
-    columns = tuple(Column(*one) for one in described)
+    columns = tuple(replace(Column(*one), compressed=kept.compressed) for one in described)
     for column in columns:
         try:
             column.arrays()

@@ -19,14 +19,12 @@ from kdcache.errors import CorruptObjectError, IncompleteStoreError, MismatchErr
 from kdcache.fingerprint import canonical_json, digest_bytes, digest_json
 from kdcache.store.arrays import array_metadata, encode_shard, group_metadata
 from kdcache.store.manifest import FILE, FORMAT, VERSION, load_manifest, seal, strict_json
-from kdcache.store.objects import Object, write_object
+from kdcache.store.objects import Object, Objects, write_object
 from kdcache.store.progress import PLAN_FILE, committed, receipt_name
-from kdcache.store.schema import ALIGNMENT, COUNTS, INVALID, OutputHead, StorePlan
+from kdcache.store.ranking import ranks, read_ranking, write_ranking
+from kdcache.store.schema import ALIGNMENT, COUNTS, HEAD_CHUNK_ROWS, INVALID, RANKED, OutputHead, StorePlan
 
 Array = NDArray[Any]
-
-HEAD_CHUNK_ROWS = 4096
-"""Rows of a chunk of the output head's weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,7 @@ class StoreWriter:
         self.committed = committed(root)
         self._start = start
         self._store_id = digest_json(plan.as_json())
+        self._ranks = ranks(np.zeros(0, np.int32) if plan.ranking is None else plan.ranking)
 
     @classmethod
     def open(cls, path: Path | str, plan: StorePlan) -> "StoreWriter":
@@ -92,6 +91,21 @@ class StoreWriter:
         write_object(root, PLAN_FILE, canonical_json(document))
         return cls(root, plan, start, None)
 
+    @staticmethod
+    def begun_ranking(path: Path | str) -> NDArray[np.int32] | None:
+        """Return the ranking of a store that was begun in a folder; None where there is none.
+
+        Raises:
+            CorruptObjectError: It is damaged.
+        """
+        root = Path(path)
+        if not (root / PLAN_FILE).is_file():
+            return None
+        document = strict_json((root / PLAN_FILE).read_bytes(), str(root / PLAN_FILE))
+        digest = document["plan"].get("ranking")
+        listed = {name: Object(one["bytes"], one["digest"]) for name, one in document["objects"].items()}
+        return None if digest is None else read_ranking(Objects(root, listed), document["plan"]["vocab_size"], digest)
+
     def write_shard(self, index: int, columns: Mapping[str, Array], samples: SampleTable) -> int:
         """Commit one shard; return the bytes written. A shard that is committed already is left alone.
 
@@ -110,8 +124,9 @@ class StoreWriter:
         self._check(index, columns, samples)
         objects: dict[str, Object] = {}
         for column in self.plan.columns:
+            values = np.asarray(columns[column.name])
             try:
-                parts = column.build().encode(np.asarray(columns[column.name]))
+                parts = column.build().encode(values if column.codec != RANKED else self._ranks[values])
             except ValueError as error:
                 raise TeacherNumericsError(
                     f"The column {column.name} cannot be kept: {error}.",
@@ -264,6 +279,8 @@ def _write_start(root: Path, plan: StorePlan) -> dict[str, Object]:
         written[f"tokenizer/{file}"] = write_object(root, f"tokenizer/{file}", content)
     if plan.output_head:
         written |= _write_head(root, plan.output_head)
+    if plan.ranking is not None:
+        written |= write_ranking(root, plan.ranking)
     return written
 
 

@@ -54,7 +54,8 @@ class OutputHead:
 class TensorTargets:
     """What a teacher said at N positions, on one device; see `kdcache.targets.Targets` for the fields.
 
-    Ids are int64, values float32 (float64 in checks of gradients); methods compute in the values' dtype.
+    Ids are int64, or int32 from a store (widened where they index), values float32 (float64 in checks of gradients);
+    methods compute in the values' dtype.
     """
 
     ids: Tensor

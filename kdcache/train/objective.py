@@ -125,7 +125,7 @@ class Objective(nn.Module):
             raise ConfigError("The batch holds no targets.", where="loss.alpha")
         targets = batch.targets if len(rows) == batch.num_positions else batch.targets[rows]
         sparse, ce = self._sparse(
-            output, rows, targets.ids, _extra(labels, targets, self._config.tail), (inverse(temperature), 1.0)
+            output, rows, targets.ids.long(), _extra(labels, targets, self._config.tail), (inverse(temperature), 1.0)
         )
         head_logits, extra, rest = sparse
         arguments = [targets, head_logits, rest[:, 0], temperature]
@@ -178,7 +178,7 @@ class Objective(nn.Module):
 
 def _extra(labels: Tensor, targets: TensorTargets, tail: str) -> Tensor:
     if tail == "sampled" and targets.draw_ids is not None:
-        return torch.cat([labels[:, None], targets.draw_ids], 1)
+        return torch.cat([labels[:, None], targets.draw_ids.long()], 1)
     return labels[:, None]
 
 

@@ -127,16 +127,17 @@ def _sums(batch: Batch, output: StudentOutput, vocab_size: int, head: OutputHead
     for start in range(0, len(rows), chunk):
         here = slice(start, start + chunk)
         some, label = targets[here], labels[here, None]
+        ids = some.ids.long()
         if output.hidden is not None and output.head is not None:
             own = first_ids(output.head, vocab_size)
             hidden = output.hidden[rows[here]]
-            kept, extra, rest = output_layer(hidden, own, some.ids, label, (1.0,), chunk=chunk)
+            kept, extra, rest = output_layer(hidden, own, ids, label, (1.0,), chunk=chunk)
             best = own.logits(hidden.to(own.weight.dtype)).argmax(1)
         else:
             assert output.logits is not None  # a student gives one or the other
             logits = output.logits[rows[here], :vocab_size].float()
-            kept, extra, best = logits.gather(1, some.ids), logits.gather(1, label), logits.argmax(1)
-            rest = logits.scatter(1, some.ids, -torch.inf).logsumexp(1, keepdim=True)
+            kept, extra, best = logits.gather(1, ids), logits.gather(1, label), logits.argmax(1)
+            rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
         totals[0] += (log_partition(kept, rest[:, 0], 1.0) - extra[:, 0]).sum()
         if head is not None and output.hidden is not None and output.head is not None:
             known = batch.hidden["final"][rows[here]]
@@ -153,7 +154,7 @@ def _sums(batch: Batch, output: StudentOutput, vocab_size: int, head: OutputHead
         else:
             kl = kl_of(policy("bucket")(some, kept, rest[:, 0], 1.0))
         totals[1] += kl.sum()
-        totals[2] += (best == some.ids[:, 0]).sum()
+        totals[2] += (best == ids[:, 0]).sum()
         totals[3] += (best == labels[here]).sum()
     teacher = (targets.log_partition(1.0) - targets.label_logit).sum()
     found = [*totals, teacher, float(len(rows))]

@@ -33,7 +33,7 @@ def through(name: str, values: Array, **options: int) -> Array:
 
 
 def example(name: str, rows: int = 20) -> Array:
-    if name == "integer":
+    if name in ("integer", "ranked"):
         return np.random.default_rng(0).integers(0, 60000, (rows, 8))
     if name == "log_partition":
         return np.random.default_rng(0).uniform(-20, 12, (rows, 8)).astype(np.float32)
@@ -141,3 +141,80 @@ def test_unknown_codecs_are_refused_by_name(name: str) -> None:
 def test_foreign_parameters_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="other parameters"):
         codec("integer", {"path": "x"})
+
+
+@given(st.integers(1, 1 << 24), st.integers(0, 2**32 - 1))
+def test_ranks_are_exact_whatever_the_vocabulary(size: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, size, (7, 5))
+    values[0, :2] = 0, size - 1
+    assert np.array_equal(through("ranked", values, vocab_size=size), values)
+
+
+@pytest.mark.parametrize("value", [-1, 300])
+def test_a_rank_outside_the_vocabulary_is_refused(value: int) -> None:
+    with pytest.raises(ValueError, match="outside 0 to 299"):
+        codec("ranked", {"vocab_size": 300}).encode(np.array([[value]]))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 20, 128, 1024]))
+def test_levels_err_by_half_a_step_and_keep_the_maximum(seed: int, steps: int) -> None:
+    values = sorted_logits(12, 9, seed).astype(np.float32)
+    found = through("levels", values, steps_per_nat=steps)
+    assert np.array_equal(found[:, 0], values[:, 0])
+    assert np.abs(found.astype(np.float64) - values).max() <= 0.5 / steps + 1e-5
+    assert (np.diff(found, axis=1) <= 0).all()
+    shuffled = np.random.default_rng(seed).permuted(values, axis=1)
+    assert np.abs(through("levels", shuffled, steps_per_nat=steps) - shuffled).max() <= 0.5 / steps + 1e-5
+
+
+def test_levels_keep_masked_ids_and_refuse_what_does_not_fit() -> None:
+    values = np.array([[3.0, 1.0, -np.inf], [2.0, -np.inf, -np.inf]], dtype=np.float32)
+    assert np.array_equal(through("levels", values), values)
+    with pytest.raises(ValueError, match="spans more than 512 nats"):
+        codec("levels").encode(np.array([[600.0, 0.0]]))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="NaN or plus infinity"):
+            codec("levels").encode(np.array([[bad, 0.0]]))
+    with pytest.raises(ValueError, match="no finite logit"):
+        codec("levels").encode(np.array([[-np.inf, -np.inf]]))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_bits_are_exact_in_what_the_teacher_computed_in(seed: int, kind: str) -> None:
+    coarse = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}[kind]
+    values = codec(coarse).decode(codec(coarse).encode(sorted_logits(12, 9, seed).astype(np.float32)))
+    values[0, 0], values[1, 3], values[2] = 0.0, -0.0, np.float32(-np.inf)
+    if kind == "float32":
+        values[3, 0] = np.nan
+    found = through("bits", values, kind=kind)  # type: ignore[arg-type]
+    assert np.array_equal(found.view(np.uint32), values.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_bits_refuse_what_they_would_round(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"not exact in {kind}"):
+        codec("bits", {"kind": kind}).encode(np.array([[1.0, np.float32(1 / 3)]]))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_second_differences_change_no_tail(seed: int) -> None:
+    values = np.random.default_rng(seed).uniform(-40, 40, (6, 8)).astype(np.float32)
+    values[0] = -np.inf
+    assert np.array_equal(through("log_partition", values, differences=2), through("log_partition", values))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters_"),
+    [
+        ("ranked", {"vocab_size": 0}),
+        ("ranked", {"vocab_size": "9"}),
+        ("ranked", {"vocab_size": True}),
+        ("levels", {"steps_per_nat": 0}),
+        ("levels", {"steps_per_nat": 2.5}),
+        ("bits", {"kind": "int8"}),
+        ("log_partition", {"differences": 1}),
+    ],
+)
+def test_impossible_parameters_are_refused(name: str, parameters_: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedError, match="other parameters"):
+        codec(name, parameters_)

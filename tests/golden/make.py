@@ -12,27 +12,29 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.store import HiddenSpec, SampleTable, StoreWriter, open_store, standard_columns
+from kdcache.store import HiddenSpec, Kept, SampleTable, StoreWriter, open_store, rank_by_count, standard_columns
 from kdcache.targets.log_partition import NODES
 from tests import tiny
 from tests.targets.dense import compact
 
-FOLDER = Path(__file__).parent / "format-v1"
+FOLDER = Path(__file__).parent / "format-v1.1"
 ROWS = ((5, 3), (4,))
-VOCABULARY, K = 40, 6
+VOCABULARY, K = 300, 6
 
 
 def main() -> None:
-    """Write format-v1/store and format-v1/expected.json."""
+    """Write the folder's store and expected.json. (format-v1 holds 1.0: V = 40 and the codecs of that version.)"""
     if FOLDER.exists():
         sys.exit(f"{FOLDER} exists; golden stores are never rewritten")
     columns = standard_columns(
         k=K,
         vocab_size=VOCABULARY,
+        kept=Kept("levels", {"steps_per_nat": 128}, ranked=True, differences=2),
         hidden=[HiddenSpec("final", 4, "bfloat16"), HiddenSpec("1", 4, "int8")],
         draws=2,
     )
-    plan = tiny.plan(columns, ROWS, vocabulary=VOCABULARY, k=K, shard_rows=16)
+    ranking = rank_by_count(np.arange(VOCABULARY) * 37 % 101)
+    plan = tiny.plan(columns, ROWS, vocabulary=VOCABULARY, k=K, shard_rows=16, ranking=ranking)
     writer = StoreWriter.open(FOLDER / "store", plan)
     for index, counts in enumerate(ROWS):
         count = sum(counts)
@@ -58,7 +60,7 @@ def main() -> None:
         }
         ids = [f"golden-{index}-{number}" for number in range(len(counts))]
         writer.write_shard(index, values, SampleTable(ids, np.asarray(counts)))
-    writer.finish({"note": "golden store of format 1.0"})
+    writer.finish({"note": "golden store of format 1.1"})
     store = open_store(FOLDER / "store")
     expected = {"digest": store.digest, "nodes": list(NODES), "samples": [described(sample) for sample in store]}
     (FOLDER / "expected.json").write_text(json.dumps(expected, indent=1))

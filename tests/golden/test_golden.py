@@ -14,9 +14,10 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs" / "spec"
 
 
-def test_the_golden_store_reads_as_written() -> None:
-    expected = json.loads((HERE / "format-v1" / "expected.json").read_text())
-    store = open_store(HERE / "format-v1" / "store")
+@pytest.mark.parametrize("version", ["format-v1", "format-v1.1"])
+def test_golden_stores_read_as_written(version: str) -> None:
+    expected = json.loads((HERE / version / "expected.json").read_text())
+    store = open_store(HERE / version / "store")
     assert store.digest == expected["digest"]
     assert check(store) == []
     found = [described(sample) for sample in store]
@@ -40,11 +41,11 @@ def test_golden_stores_are_never_rewritten() -> None:
 def test_the_reading_example_of_the_specification_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (DOCS / "format-v1.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (tmp_path / "store").symlink_to(HERE / "format-v1" / "store")
+    (tmp_path / "store").symlink_to(HERE / "format-v1.1" / "store")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "format-v1.md", "exec"), names)
-    sample = open_store(HERE / "format-v1" / "store")[0]
+    sample = open_store(HERE / "format-v1.1" / "store")[0]
     assert (names["ids"] == sample.targets.ids).all()  # type: ignore[union-attr]
     assert (names["labels"] == sample.labels).all()  # type: ignore[union-attr]
 

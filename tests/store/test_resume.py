@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdcache.errors import AccessError, CorruptObjectError, IncompleteStoreError, MismatchError, StorageFullError
-from kdcache.store import StoreWriter, objects, open_store, progress, standard_columns
+from kdcache.store import Kept, StoreWriter, objects, open_store, progress, standard_columns
 from tests import tiny
 
 ROWS = ((20, 20, 11), (30, 9))
@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 
 def write(folder: Path, **changes: Any) -> str:
-    columns = standard_columns(k=8, vocab_size=50, logits="float32")
+    columns = standard_columns(k=8, vocab_size=50, kept=Kept("float32"))
     writer = StoreWriter.open(folder, tiny.plan(columns, ROWS, vocabulary=50, k=8, **changes))
     random = np.random.default_rng(0)
     for index, counts in enumerate(ROWS):

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from kdcache.errors import ConfigError, MismatchError, UnsupportedError
-from kdcache.store import StoreWriter, check, open_store, standard_columns
+from kdcache.store import Kept, StoreWriter, check, open_store, standard_columns
 from tests import tiny
 
 
@@ -81,7 +81,7 @@ def test_opening_says_when_the_digest_is_another(tmp_path: Path) -> None:
 
 def test_equal_content_has_equal_digests_whatever_the_order_of_shards(tmp_path: Path) -> None:
     first = tiny.write_store(tmp_path / "a")
-    columns = standard_columns(k=8, vocab_size=50, logits="float32")
+    columns = standard_columns(k=8, vocab_size=50, kept=Kept("float32"))
     writer = StoreWriter.open(tmp_path / "b", tiny.plan(columns, ((20, 20, 11), (30, 9)), vocabulary=50, k=8))
     for index in (1, 0):
         shard = first.read_shard(index)
@@ -102,7 +102,7 @@ def test_bytes_of_columns_and_the_rest_add_up(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_what_the_plan_does_not_say(tmp_path: Path) -> None:
-    columns = standard_columns(k=8, vocab_size=50, logits="float32")
+    columns = standard_columns(k=8, vocab_size=50, kept=Kept("float32"))
     writer = StoreWriter.open(tmp_path / "s", tiny.plan(columns, ((10,),), vocabulary=50, k=8))
     labels = np.arange(10)
     good = tiny.shard_columns(tiny.dense_rows(10, 50), labels, labels, 8)
@@ -116,7 +116,7 @@ def test_the_writer_refuses_what_the_plan_does_not_say(tmp_path: Path) -> None:
 
 def test_a_codec_of_no_name_we_know_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="does not know the codec"):
-        standard_columns(k=8, vocab_size=50, logits="pickle")
+        standard_columns(k=8, vocab_size=50, kept=Kept("pickle"))
 
 
 def test_the_store_never_imports_torch() -> None:
