@@ -7,6 +7,7 @@ third parties offer theirs under the entry-point group of the family's dotted na
 import importlib
 import pkgutil
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -20,8 +21,9 @@ def names(family: str) -> list[str]:
     return sorted(own | {point.name for point in entry_points(group=family)})
 
 
+@cache
 def find(family: str, name: str) -> Any:
-    """Return the plug-in `name` of a family.
+    """Return the plug-in `name` of a family; looked for once a process.
 
     Raises:
         ConfigError: No plug-in has that name; the message lists those that exist.

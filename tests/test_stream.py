@@ -1,5 +1,6 @@
 """The order is a pure function, and resuming at any step gives the same future."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
-from kdcache.store import Store
+from kdcache.store import Kept, Store
 from kdcache.stream import Loader, StreamConfig, StreamDataset, sample_order
 from tests import tiny
 
@@ -152,3 +153,26 @@ def test_the_padded_view_is_the_same_batch(store: Store) -> None:
     assert torch.equal(padded.attention_mask.sum(1), batch.offsets.diff())
     assert (padded.input_ids[padded.attention_mask == 0] == 49).all()
     assert batch.to("cpu").num_samples == 4
+
+
+@pytest.mark.parametrize("preset", ["compact", "raw", "exact"])
+def test_batches_of_every_preset_hold_what_the_store_holds_though_memory_is_used_again(
+    preset: str, tmp_path: Path
+) -> None:
+    kept = {
+        "compact": Kept("levels", {"steps_per_nat": 64}, ranked=True, differences=2),
+        "raw": Kept("float32", compressed=False),
+        "exact": Kept("bits", {"kind": "float32"}, ranked=True),
+    }[preset]
+    store = tiny.write_store(tmp_path, rows=[(9, 7, 3), (11, 2), (5, 5, 5), (30,)], vocabulary=300, kept=kept)
+    loader = Loader(store, StreamConfig(batch_size=2, pool_shards=1))
+    given = [batch for _ in range(3) for batch in loader]  # all kept: a batch must not change under its holder
+    assert sum(batch.num_samples for batch in given) == 3 * len(store)
+    for batch in given:
+        for number, (start, stop) in zip(batch.sample_index.tolist(), pairwise(batch.offsets.tolist()), strict=True):
+            sample = store[number]
+            assert batch.targets is not None
+            assert np.array_equal(batch.targets.ids[start:stop], sample.targets.ids)
+            assert np.array_equal(batch.targets.logits[start:stop], sample.targets.logits)
+            assert np.array_equal(batch.targets.tail[start:stop], sample.targets.tail)
+            assert np.array_equal(batch.input_ids[start:stop], sample.input_ids[:-1])

@@ -156,7 +156,7 @@ def write_store(
     rows: Sequence[Sequence[int]] = ((20, 20, 11), (30, 9)),
     vocabulary: int = 50,
     k: int = 8,
-    logits: str = "float32",
+    kept: Kept | None = None,
     hidden: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Store:
@@ -165,10 +165,11 @@ def write_store(
     columns = standard_columns(
         k=k,
         vocab_size=vocabulary,
-        kept=Kept(logits),
+        kept=kept or Kept("float32"),
         hidden=[HiddenSpec(layer, width, "float32") for layer, width in widths.items()],
     )
-    writer = StoreWriter.open(folder, plan(columns, rows, vocabulary=vocabulary, k=k))
+    ranking = np.random.default_rng(7).permutation(vocabulary).astype(np.int32) if kept and kept.ranked else None
+    writer = StoreWriter.open(folder, plan(columns, rows, vocabulary=vocabulary, k=k, ranking=ranking))
     random = np.random.default_rng(seed)
     for index, counts in enumerate(rows):
         tokens = [random.integers(0, vocabulary, count + 1) for count in counts]

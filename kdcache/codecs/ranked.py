@@ -1,8 +1,8 @@
 """`ranked`: ids as ranks in the store's ranking, a byte plane each. Lossless.
 
 A store's ranking lists all ids by how often they stood in the heads of some sampled positions. The low byte of a rank
-is close to random and kept as it is; the higher bytes are mostly small numbers and compress well. What is encoded and
-decoded here are ranks; the store puts ids in their place.
+is close to random and zstd leaves it as it is; the higher bytes are mostly small numbers and compress well. What is
+encoded and decoded here are ranks; the store puts ids in their place.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,7 @@ class Ranked:
         return max(1, ((self.vocab_size - 1).bit_length() + 7) // 8)
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        planes = {"": Part("uint8", shape, compressor="none")}
-        return planes | {f"byte{one}": Part("uint8", shape, compressor="fast") for one in range(1, self._planes)}
+        return {f"byte{one}" if one else "": Part("uint8", shape, compressor="fast") for one in range(self._planes)}
 
     def encode(self, values: Array) -> Parts:
         if values.size and (values.min() < 0 or values.max() >= self.vocab_size):

@@ -4,7 +4,8 @@ from kdcache.store.check import Problem, check
 from kdcache.store.manifest import VERSION, Manifest, ShardInfo, load_manifest
 from kdcache.store.progress import Progress, progress
 from kdcache.store.ranking import rank_by_count
-from kdcache.store.reader import Sample, Shard, Store, open_store
+from kdcache.store.reader import Store, open_store
+from kdcache.store.rows import PackedShard, Sample, Shard, is_packed
 from kdcache.store.schema import Column, HiddenSpec, Kept, OutputHead, ShardPlan, StorePlan, standard_columns
 from kdcache.store.writer import SampleTable, StoreWriter
 
@@ -15,6 +16,7 @@ __all__ = [
     "Kept",
     "Manifest",
     "OutputHead",
+    "PackedShard",
     "Problem",
     "Progress",
     "Sample",
@@ -26,6 +28,7 @@ __all__ = [
     "StorePlan",
     "StoreWriter",
     "check",
+    "is_packed",
     "load_manifest",
     "open_store",
     "progress",

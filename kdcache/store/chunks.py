@@ -7,6 +7,7 @@ of (offset, length) pairs in uint64 with a CRC-32C. Decompression and checksums 
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,33 +23,50 @@ Array = NDArray[Any]
 CHECKSUM_BYTES = 4
 
 
+@dataclass(frozen=True, slots=True)
+class ShardSizes:
+    """Sizes of one shard's object.
+
+    Attributes:
+        object: In bytes.
+        shard_rows: Rows of the shard, fill included; a part with one entry a shard has 1 whatever stands here.
+        chunk_rows: Rows of a chunk.
+    """
+
+    object: int
+    shard_rows: int
+    chunk_rows: int
+
+
 def decode_rows(
     part: Callable[[int, int], memoryview],
-    size: int,
+    sizes: ShardSizes,
     layout: Part,
     rows: slice,
     *,
-    shard_rows: int,
-    chunk_rows: int,
     where: str,
+    spare: Array | None = None,
 ) -> Array:
     """Return a run of rows of one shard's object; only its chunks are read, each once.
 
     Args:
-        part: Gives bytes start to stop of the object.
-        size: Of the object, in bytes.
+        part: Gives bytes start to stop of the object; each call may write over what the one before gave.
+        sizes: Of the object and of its shard.
         layout: What the object holds.
         rows: Counted from the shard's first.
-        shard_rows: Rows of the shard; 1 is meant for a part that has one entry a shard.
-        chunk_rows: Rows of a chunk.
         where: Name of the object, for errors.
+        spare: An array that an earlier call returned, to be written over if it is large enough.
 
     Raises:
         CorruptObjectError: A checksum is wrong, or a chunk is missing or not of its size.
     """
-    shard, chunk = (shard_rows, chunk_rows) if layout.per == "row" else (1, 1)
-    index = _index(part, size, shard // chunk, where)
-    out = np.empty((rows.stop - rows.start, *layout.shape), dtype=layout.dtype)
+    shard, chunk = (sizes.shard_rows, sizes.chunk_rows) if layout.per == "row" else (1, 1)
+    index = _index(part, sizes.object, shard // chunk, where)
+    count = rows.stop - rows.start
+    room = spare.base if spare is not None and isinstance(spare.base, np.ndarray) else None
+    if room is None or len(room) < count:
+        room = np.empty((max(count, min(shard, count + chunk)), *layout.shape), dtype=layout.dtype)
+    out: Array = room[:count]
     row_bytes = out.itemsize * int(np.prod(layout.shape, dtype=np.int64))
     flat = out.reshape(-1).view(np.uint8)
     for number in range(rows.start // chunk, -(-rows.stop // chunk)):
@@ -70,7 +88,7 @@ def _index(part: Callable[[int, int], memoryview], size: int, chunks: int, where
     tail = part(room, size)
     if crc32c(tail[:-CHECKSUM_BYTES]) != int.from_bytes(tail[-CHECKSUM_BYTES:], "little"):
         raise _damaged("the checksum of its index is wrong", where)
-    index = np.frombuffer(tail[:-CHECKSUM_BYTES], dtype="<u8").reshape(chunks, 2)
+    index = np.frombuffer(tail[:-CHECKSUM_BYTES], dtype="<u8").reshape(chunks, 2).copy()
     offsets, lengths = index[:, 0], index[:, 1]
     # an absent chunk has both numbers at 2**64 - 1: it would read as fill, and no chunk of ours is absent
     if (lengths > np.uint64(room)).any() or (offsets > np.uint64(room) - lengths).any():

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,6 +118,18 @@ def read_object(root: Path, name: str, expected: Object) -> bytes:
     return data
 
 
+class _Scratch(threading.local):
+    """A thread's buffer for the bytes it is decoding: fresh memory for each object would cost more than reading it."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def room(self, size: int) -> memoryview:
+        if len(self._held) < size:
+            self._held = bytearray(size)
+        return memoryview(self._held)[:size]
+
+
 class Objects:
     """The objects that a manifest lists, each verified whole before its first byte is handed out, once a process."""
 
@@ -124,6 +137,7 @@ class Objects:
         self.root = root
         self._listed = listed
         self._verified: set[str] = set()
+        self._scratch = _Scratch()
 
     def content(self, name: str) -> bytes:
         """Return a whole object; its digest is checked each time.
@@ -139,6 +153,8 @@ class Objects:
     def part(self, name: str, start: int, stop: int) -> memoryview:
         """Return bytes start to stop of an object; the first call for it verifies the whole.
 
+        What is returned may be written over by the next call of the same thread.
+
         Raises:
             CorruptObjectError: The object changed its length since, or errors as `content`.
         """
@@ -148,14 +164,15 @@ class Objects:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(start)
-                data = file.read(stop - start)
+                data = self._scratch.room(stop - start)
+                read = file.readinto(data)
         except FileNotFoundError as error:
             raise missing(path) from error
         except OSError as error:
             raise AccessError(f"The object cannot be read: {error.strerror}.", where=str(path)) from error
-        if len(data) != stop - start:
+        if read != stop - start:
             raise _corrupt(path, "it has become shorter since it was verified")
-        return memoryview(data)
+        return data
 
     def size(self, name: str) -> int:
         """Return the bytes of an object as the manifest lists it."""

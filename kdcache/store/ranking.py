@@ -12,7 +12,7 @@ from kdcache.codecs import Part
 from kdcache.errors import CorruptObjectError
 from kdcache.fingerprint import digest_bytes
 from kdcache.store.arrays import array_metadata, encode_shard
-from kdcache.store.chunks import decode_rows
+from kdcache.store.chunks import ShardSizes, decode_rows
 from kdcache.store.objects import Object, Objects, write_object
 
 ARRAY = "ranking"
@@ -48,13 +48,7 @@ def read_ranking(objects: Objects, size: int, digest: str) -> NDArray[np.int32]:
     name = f"{ARRAY}/c/0"
     data = memoryview(objects.content(name))
     found = decode_rows(
-        lambda start, stop: data[start:stop],
-        len(data),
-        _PART,
-        slice(0, size),
-        shard_rows=size,
-        chunk_rows=size,
-        where=name,
+        lambda start, stop: data[start:stop], ShardSizes(len(data), size, size), _PART, slice(0, size), where=name
     )
     ids = found.astype(np.int32)
     whole = np.array_equal(np.sort(found), np.arange(size, dtype=np.uint32))

@@ -6,7 +6,6 @@ Legend: `N` positions, `S` samples, `L` tokens of a sample, `K` kept entries, `D
 import io
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,65 +18,14 @@ from numpy.typing import NDArray
 from kdcache.codecs import Part, codec
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
 from kdcache.store.arrays import array_metadata
-from kdcache.store.chunks import decode_rows
+from kdcache.store.chunks import ShardSizes, decode_rows
 from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
 from kdcache.store.objects import Objects
 from kdcache.store.ranking import read_ranking
+from kdcache.store.rows import PackedShard, Sample, Shard, is_packed, targets_of
 from kdcache.store.schema import COUNTS, HEAD_CHUNK_ROWS, RANKED, Column, OutputHead
-from kdcache.targets import Targets
 
 Array = NDArray[Any]
-
-HEAD = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
-DRAWS = ("draw_ids", "draw_logits")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sample and what the teacher said about it.
-
-    Attributes:
-        id: Stable id given by the source.
-        input_ids: int64 [L], all its tokens.
-        labels: int64 [L-1], the next token at every position.
-        loss_mask: bool [L-1], where the label counts.
-        targets: The teacher's compact distribution of every label, [L-1] rows.
-        hidden: Layer name to float32 [L-1, D], or [D] for features pooled over the sample.
-    """
-
-    id: str
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    loss_mask: NDArray[np.bool_]
-    targets: Targets
-    hidden: Mapping[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The decoded rows of one shard.
-
-    Attributes:
-        index: Which shard of the store.
-        first_sample: Number of its first sample in the store.
-        offsets: int64 [S+1], sample i has rows offsets[i] to offsets[i+1].
-        columns: Decoded values [N, ...] of the columns that were asked for.
-        table: Its part of the sample table.
-        vocab_size: Of the teacher.
-    """
-
-    index: int
-    first_sample: int
-    offsets: NDArray[np.int64]
-    columns: Mapping[str, Array]
-    table: pa.Table
-    vocab_size: int
-
-    def targets(self, rows: slice = slice(None)) -> Targets | None:
-        """Return the targets of a run of rows; None when their columns were not asked for."""
-        if not all(name in self.columns for name in HEAD):
-            return None
-        return targets_of({name: values[rows] for name, values in self.columns.items()}, self.vocab_size)
 
 
 def open_store(path: Path | str, *, digest: str | None = None) -> "Store":
@@ -115,7 +63,7 @@ class Store(Sequence[Sample]):
         self._columns = {column.name: column for column in manifest.columns}
         self._checked: set[str] = set()
         self._first_samples = [shard.first_sample for shard in manifest.shards]
-        self._rank_table: Array | None = None
+        self._rank_table: NDArray[np.int32] | None = None
         self._table = lru_cache(maxsize=64)(self._read_table)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -202,17 +150,31 @@ class Store(Sequence[Sample]):
             MissingObjectError, CorruptObjectError: An object is damaged.
         """
         info = self.shards[index]
-        table = self._table(index)
         names = list(self._columns) if columns is None else list(columns)
-        if unknown := [name for name in names if name not in self._columns]:
-            raise ConfigError(
-                f"The store has no column {unknown[0]!r}.",
-                where=str(self.path),
-                hint=f"It has {', '.join(self._columns)}.",
-            )
+        self._require_columns(names)
         decoded = {name: self._read(self._columns[name], index, slice(0, info.rows)) for name in names}
-        offsets = np.concatenate([[0], np.cumsum(table["rows"].to_numpy().astype(np.int64))])
-        return Shard(index, info.first_sample, offsets, decoded, table, self.vocab_size)
+        return Shard(index, info.first_sample, self._offsets(index), decoded, self._table(index), self.vocab_size)
+
+    def read_packed(self, index: int, columns: Sequence[str], spare: PackedShard | None = None) -> PackedShard:
+        """Return a shard's rows as the codecs left them, to be decoded a few at a time; errors as `read_shard`.
+
+        Args:
+            index: Which.
+            columns: Names of the columns.
+            spare: A shard of this store and these columns that is no longer used: its memory is written over. Fresh
+                memory costs a page fault every 4 KiB, a quarter of the whole.
+        """
+        self._require_columns(columns)
+        info = self.shards[index]
+        rows = slice(0, info.rows)
+        parts = {}
+        for name in columns:
+            column = self._columns[name]
+            if is_packed(column):
+                parts[name] = self._parts(column, index, rows, None if spare is None else spare.parts[name])
+            else:
+                parts[name] = {"": self._read(column, index, rows)}
+        return PackedShard(index, info.first_sample, self._offsets(index), parts)
 
     def output_head(self) -> OutputHead | None:
         """Return the teacher's output layer; None unless the capture was `exact`."""
@@ -250,14 +212,9 @@ class Store(Sequence[Sample]):
 
     def _read(self, column: Column, shard: int, rows: slice) -> Array:
         """Return the decoded values of a run of a shard's rows, counted from its first."""
-        parts = {}
-        for name, (path, layout) in column.arrays().items():
-            self._require_layout(path, layout)
-            span = rows if layout.per == "row" else slice(0, 1)
-            parts[name] = self._rows(path, layout, shard, span, self.manifest.shard_rows, self.manifest.chunk_rows)
-        values = column.build().decode(parts)
+        values = column.build().decode(self._parts(column, shard, rows))
         if column.codec == RANKED:
-            values = self._ranking[values]
+            values = self.ids_by_rank[values]
         if column.unit == "id" and values.size and int(values.max()) >= self.vocab_size:
             raise CorruptObjectError(
                 f"The column {column.name} has an id beyond the vocabulary of {self.vocab_size}.",
@@ -265,8 +222,35 @@ class Store(Sequence[Sample]):
             )
         return values
 
+    def _parts(
+        self, column: Column, shard: int, rows: slice, spare: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        parts = {}
+        for name, (path, layout) in column.arrays().items():
+            self._require_layout(path, layout)
+            span = rows if layout.per == "row" else slice(0, 1)
+            sizes = self.manifest.shard_rows, self.manifest.chunk_rows
+            parts[name] = self._rows(path, layout, shard, span, *sizes, None if spare is None else spare[name])
+        return parts
+
+    def _offsets(self, index: int) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self._table(index)["rows"].to_numpy().astype(np.int64))])
+
+    def _require_columns(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self._columns]:
+            raise ConfigError(
+                f"The store has no column {unknown[0]!r}.",
+                where=str(self.path),
+                hint=f"It has {', '.join(self._columns)}.",
+            )
+
     @property
-    def _ranking(self) -> Array:
+    def ids_by_rank(self) -> NDArray[np.int32]:
+        """The id of every rank that fits its bytes; V, which is no id, for those beyond the vocabulary.
+
+        Raises:
+            CorruptObjectError: The ranking is missing or damaged.
+        """
         if self._rank_table is None:
             digest = self.manifest.part("ranking")
             if not isinstance(digest, str):
@@ -277,7 +261,16 @@ class Store(Sequence[Sample]):
             self._rank_table = room
         return self._rank_table
 
-    def _rows(self, path: str, layout: Part, shard: int, span: slice, shard_rows: int, chunk_rows: int) -> Array:
+    def _rows(
+        self,
+        path: str,
+        layout: Part,
+        shard: int,
+        span: slice,
+        shard_rows: int,
+        chunk_rows: int,
+        spare: Array | None = None,
+    ) -> Array:
         name = "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
         size = self._objects.size(name)
         whole = 4 * (span.stop - span.start) >= shard_rows or layout.per == "shard"
@@ -286,7 +279,8 @@ class Store(Sequence[Sample]):
         def part(start: int, stop: int) -> memoryview:
             return self._objects.part(name, start, stop) if data is None else data[start:stop]
 
-        return decode_rows(part, size, layout, span, shard_rows=shard_rows, chunk_rows=chunk_rows, where=name)
+        sizes = ShardSizes(size, shard_rows, chunk_rows)
+        return decode_rows(part, sizes, layout, span, where=name, spare=spare)
 
     def _require_layout(self, path: str, layout: Part) -> None:
         if path in self._checked:
@@ -332,19 +326,6 @@ class Store(Sequence[Sample]):
             targets=targets_of(columns, self.vocab_size),
             hidden=hidden,
         )
-
-
-def targets_of(columns: Mapping[str, Array], vocab_size: int) -> Targets:
-    """Return the targets held by decoded columns."""
-    return Targets(
-        ids=columns["head_ids"].astype(np.int32, copy=False),
-        logits=columns["head_logits"],
-        tail=columns["tail_log_partition"],
-        label_logit=columns["label_logit"],
-        vocab_size=vocab_size,
-        draw_ids=columns["draw_ids"].astype(np.int32, copy=False) if "draw_ids" in columns else None,
-        draw_logits=columns.get("draw_logits"),
-    )
 
 
 def _reopen(path: Path, digest: str) -> Store:

@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 from kdcache.codecs import Part
 from kdcache.errors import CorruptObjectError
 from kdcache.store.arrays import array_metadata, encode_shard
-from kdcache.store.chunks import decode_rows
+from kdcache.store.chunks import ShardSizes, decode_rows
 
 SHARD, CHUNK = 64, 16
 PARTS = [
@@ -36,7 +36,7 @@ def values_of(part: Part, rows: int, seed: int = 0) -> NDArray[Any]:
 def decoded(data: bytes, part: Part, rows: slice, *, shard: int = SHARD, chunk: int = CHUNK) -> NDArray[Any]:
     view = memoryview(data)
     return decode_rows(
-        lambda start, stop: view[start:stop], len(data), part, rows, shard_rows=shard, chunk_rows=chunk, where="here"
+        lambda start, stop: view[start:stop], ShardSizes(len(data), shard, chunk), part, rows, where="here"
     )
 
 
@@ -73,7 +73,7 @@ def test_only_the_chunks_of_the_rows_are_asked_for() -> None:
         asked.append(stop - start)
         return memoryview(data)[start:stop]
 
-    decode_rows(get, len(data), part, slice(17, 20), shard_rows=SHARD, chunk_rows=CHUNK, where="here")
+    decode_rows(get, ShardSizes(len(data), SHARD, CHUNK), part, slice(17, 20), where="here")
     assert len(asked) == 2  # the index and one chunk
     assert sum(asked) < len(data) / 2
 
@@ -129,3 +129,18 @@ def test_chunks_that_are_not_of_their_size_are_refused_before_they_are_decompres
         return  # sixteen raw bytes are what a chunk of sixteen bytes holds
     with pytest.raises(CorruptObjectError, match=what):
         decoded(data, part, slice(0, 16), shard=16, chunk=16)
+
+
+def test_memory_of_an_earlier_call_is_written_over() -> None:
+    part = Part("uint8", (4,))
+    sizes = None
+    spare = None
+    for rows, seed in ((40, 0), (50, 1), (3, 2)):
+        values = values_of(part, rows, seed)
+        _, data = encode_shard(part, values, shard_rows=SHARD, chunk_rows=CHUNK)
+        view = memoryview(data)
+        sizes = ShardSizes(len(data), SHARD, CHUNK)
+        found = decode_rows(lambda a, b, view=view: view[a:b], sizes, part, slice(0, rows), where="here", spare=spare)
+        assert np.array_equal(found, values)
+        assert spare is None or found.base is spare.base
+        spare = found

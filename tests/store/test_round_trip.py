@@ -32,7 +32,7 @@ def test_samples_come_back_with_L_tokens_and_L_minus_one_rows(tmp_path: Path) ->
 
 
 def test_random_access_whole_shards_and_iteration_agree(tmp_path: Path) -> None:
-    store = tiny.write_store(tmp_path / "s", logits="steps16")
+    store = tiny.write_store(tmp_path / "s", kept=Kept("steps16"))
     for number, sample in enumerate(store):
         again = store[number]
         assert again.id == sample.id
@@ -91,7 +91,7 @@ def test_equal_content_has_equal_digests_whatever_the_order_of_shards(tmp_path: 
 
 
 def test_a_sound_store_has_no_problem(tmp_path: Path) -> None:
-    store = tiny.write_store(tmp_path / "s", logits="steps8")
+    store = tiny.write_store(tmp_path / "s", kept=Kept("steps8"))
     assert check(store) == []
     assert check(store, quick=True) == []
 

@@ -1,0 +1,180 @@
+"""Stage 2 input: a store as ordered, resumable batches.
+
+Legend: `N` positions of a batch, `S` samples of the store.
+
+The order is a pure function of (seed, epoch, shard layout). Global batch g is the g-th run of batch_size * world_size
+samples in it; rank r takes every world_size-th of them from r. Neither workers nor prefetching change it, so the
+state that resumes a run is one number: the batches consumed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from kdcache.batch import Batch
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.store import PackedShard, Store, open_store
+from kdcache.stream.config import StreamConfig
+from kdcache.stream.gather import ShardReader, columns_read
+from kdcache.stream.order import sample_order
+from kdcache.stream.prefetch import AHEAD, prefetched
+from kdcache.targets.tensor import OutputHead
+
+STATE_VERSION = 1
+
+
+class StreamDataset(IterableDataset[Batch]):
+    """The batches of one epoch for one rank, for any torch DataLoader with `batch_size=None`.
+
+    Worker w of n gives every n-th batch from w, so the DataLoader's round robin restores the order. The store
+    is opened in the process that reads it, so fork and spawn both work.
+
+    Attributes:
+        epoch: Which epoch to give.
+        start: Batches of it to leave out.
+    """
+
+    def __init__(self, store: Store | Path | str, config: StreamConfig) -> None:
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._config = config
+        self.epoch = 0
+        self.start = 0
+        self._spare: list[PackedShard] = []  # memory that goes from epoch to epoch, not from process to process
+        _require_columns(self._store, config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spare": []}
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole = self._config.batch_size * self._config.world_size
+        count = len(self._store)
+        return count // whole if self._config.world_size > 1 else -(-count // whole)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        config, shards = self._config, self._store.shards
+        if config.shuffle:
+            counts = [shard.samples for shard in shards]
+            order = sample_order(counts, seed=config.seed, epoch=self.epoch, pool_shards=config.pool_shards)
+        else:
+            order = np.arange(len(self._store))
+        whole = config.batch_size * config.world_size
+        place = np.arange(min(len(order), len(self) * whole))
+        number = place // whole - self.start - first
+        mine = (number >= 0) & (number % step == 0) & (place % whole % config.world_size == config.rank)
+        ends = np.flatnonzero(np.diff(number[mine], append=-1)) + 1
+        threads = 2 if worker is None else 1
+        with ShardReader(self._store, config, order[: len(place)][mine], threads=threads, spare=self._spare) as reader:
+            yield from reader.batches([0, *ends.tolist()])
+
+
+class Loader:
+    """Batches of a store, epoch after epoch, with exact resume in the middle of one.
+
+    Iterating gives the rest of the current epoch, then moves to the next. Not safe to iterate twice at once.
+
+    Args:
+        store: An open store, or its folder.
+        config: How to read it.
+
+    Attributes:
+        epoch: The current epoch.
+        batches: Batches of it that were consumed.
+    """
+
+    def __init__(self, store: Store | Path | str, config: StreamConfig | None = None) -> None:
+        self.config = config or StreamConfig()
+        self.store = store if isinstance(store, Store) else open_store(store)
+        self.epoch = 0
+        self.batches = 0
+        self._dataset = StreamDataset(self.store, self.config)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch, self.batches = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._dataset.epoch, self._dataset.start = self.epoch, self.batches
+        if self.config.workers:
+            source: Iterator[Batch] = iter(
+                DataLoader(self._dataset, batch_size=None, num_workers=self.config.workers, prefetch_factor=AHEAD)
+            )
+        else:
+            source = prefetched(iter(self._dataset))
+        for batch in source:
+            self.batches += 1
+            yield batch
+        self.set_epoch(self.epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resumes after the batches given so far: a few numbers, JSON-ready."""
+        return {
+            "version": STATE_VERSION,
+            "digest": self.store.digest,
+            "seed": self.config.seed,
+            "shuffle": self.config.shuffle,
+            "pool_shards": self.config.pool_shards,
+            "global_batch": self.config.batch_size * self.config.world_size,
+            "epoch": self.epoch,
+            "batches": self.batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a state was taken, with any number of workers or ranks.
+
+        Raises:
+            MismatchError: The state is of another store, order or global batch.
+        """
+        mine = self.state_dict()
+        wrong = [key for key in mine if key not in ("epoch", "batches") and state.get(key) != mine[key]]
+        if wrong:
+            raise MismatchError(
+                "The state belongs to another stream: "
+                + "; ".join(f"{key} was {state.get(key)!r}, now {mine[key]!r}" for key in wrong)
+                + ".",
+                hint="Resume with the store and the data settings that the run began with.",
+            )
+        self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
+
+
+def output_head_of(store: Store) -> OutputHead:
+    """Return a store's output head as tensors, in the dtype it was captured in.
+
+    Raises:
+        MismatchError: The store keeps none.
+    """
+    kept = store.output_head()
+    if kept is None:
+        raise MismatchError(
+            "The store keeps no output layer of the teacher.",
+            where=str(store.path),
+            hint="Capture with targets.exact=true.",
+        )
+    dtype = torch.bfloat16 if kept.codec == "bfloat16" else torch.float32
+    bias = None if kept.bias is None else torch.from_numpy(kept.bias).to(dtype)
+    return OutputHead(torch.from_numpy(kept.weight).to(dtype), bias, kept.scale, kept.softcap)
+
+
+def _require_columns(store: Store, config: StreamConfig) -> None:
+    for name in columns_read(config):
+        if name not in store.columns:
+            layers = [column.removeprefix("hidden.") for column in store.columns if column.startswith("hidden.")]
+            raise ConfigError(
+                f"The store has no column {name!r}.",
+                where=str(store.path),
+                hint=f"It keeps hidden layers {layers} and "
+                f"{'has' if 'draw_ids' in store.columns else 'no'} tail draws; capture again with what is needed.",
+            )
+
+
+__all__ = ["Loader", "StreamConfig", "StreamDataset", "output_head_of", "sample_order"]

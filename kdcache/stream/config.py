@@ -1,0 +1,31 @@
+"""How a store is read."""
+
+from kdcache.config import Section
+
+
+class StreamConfig(Section):
+    """How a store is read.
+
+    Attributes:
+        batch_size: Samples a batch and rank.
+        seed: Of the order.
+        shuffle: Permute shards, and samples within pools of shards; else the store's own order.
+        pool_shards: Shards whose samples are mixed; a process holds these and as many of the next decoded.
+        targets: Read the teacher's rows.
+        draws: Read the tail draws too.
+        hidden: Layers whose features are read.
+        workers: Processes that read; 0 reads in a thread of this process.
+        rank: This process's number.
+        world_size: Processes that share the epoch; with more than one, an unfilled last global batch is left out.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+    shuffle: bool = True
+    pool_shards: int = 4
+    targets: bool = True
+    draws: bool = False
+    hidden: tuple[str, ...] = ()
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
