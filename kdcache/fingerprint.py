@@ -26,6 +26,17 @@ def digest_bytes(data: bytes | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
+def digest_without(data: bytes, ranges: Iterable[tuple[int, int]]) -> str:
+    """Return the digest of what is left of the bytes without some ranges (begin, end), which do not overlap."""
+    state = blake3()
+    view, place = memoryview(data), 0
+    for begin, end in sorted(ranges):
+        state.update(view[place:begin])
+        place = max(place, end)
+    state.update(view[place:])
+    return state.hexdigest()
+
+
 def digest_json(value: Json | Mapping[str, Any]) -> str:
     """Return the digest of a value's canonical JSON."""
     return digest_bytes(canonical_json(value))

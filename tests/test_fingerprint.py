@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.errors import SourceError
-from kdcache.fingerprint import canonical_json, digest_bytes, digest_file, digest_json, digest_parts
+from kdcache.fingerprint import canonical_json, digest_bytes, digest_file, digest_json, digest_parts, digest_without
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -42,3 +42,11 @@ def test_a_file_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(SourceError, match="no such file"):
             digest_file(path)
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(0, 40), max_size=6, unique=True))
+def test_ranges_are_left_out(data: bytes, cuts: list[int]) -> None:
+    ends = sorted(min(cut, len(data)) for cut in cuts)
+    ranges = list(zip(ends[::2], ends[1::2], strict=False))
+    kept = bytes(byte for place, byte in enumerate(data) if not any(a <= place < b for a, b in ranges))
+    assert digest_without(data, ranges[::-1]) == digest_bytes(kept)

@@ -18,7 +18,9 @@ from kdcache.errors import AccessError, CorruptObjectError, MissingObjectError, 
 from kdcache.fingerprint import digest_bytes
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,127}(/[a-z0-9_][a-z0-9._-]{0,127}){0,7}")
-RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+UNSAFE = re.compile(r"\.(/|$)|(^|/)(con|prn|aux|nul|com[0-9]|lpt[0-9])([./]|$)")
+"""A component that ends in a dot, or that is a device on some system."""
+
 TEMPORARY = ".partial"
 
 
@@ -36,8 +38,7 @@ def check_name(name: str) -> str:
     Raises:
         UnsafeError: It could leave the folder, or means something else on another system.
     """
-    parts = PurePosixPath(name).parts
-    if not NAME.fullmatch(name) or any(RESERVED.fullmatch(part) or part.endswith(".") for part in parts):
+    if not NAME.fullmatch(name) or UNSAFE.search(name):
         raise UnsafeError(
             f"The store names an object {name!r}, which is not a safe file name.",
             hint="Do not use this store; it was not written by kdcache.",
