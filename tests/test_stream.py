@@ -176,3 +176,14 @@ def test_batches_of_every_preset_hold_what_the_store_holds_though_memory_is_used
             assert np.array_equal(batch.targets.logits[start:stop], sample.targets.logits)
             assert np.array_equal(batch.targets.tail[start:stop], sample.targets.tail)
             assert np.array_equal(batch.input_ids[start:stop], sample.input_ids[:-1])
+
+
+def test_two_iterators_at_once_do_not_share_memory(store: Store) -> None:
+    dataset = StreamDataset(store, StreamConfig(batch_size=1, pool_shards=1))
+    whole = {int(batch.sample_index[0]): batch.input_ids for batch in dataset}
+    first, second = iter(dataset), iter(dataset)
+    dataset.epoch = 1
+    third = iter(dataset)
+    for batches in zip(first, second, third, strict=True):
+        for batch in batches:
+            assert torch.equal(batch.input_ids, whole[int(batch.sample_index[0])])

@@ -45,7 +45,7 @@ def decode_rows(
     rows: slice,
     *,
     where: str,
-    spare: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Return a run of rows of one shard's object; only its chunks are read, each once.
 
@@ -55,7 +55,7 @@ def decode_rows(
         layout: What the object holds.
         rows: Counted from the shard's first.
         where: Name of the object, for errors.
-        spare: An array that an earlier call returned, to be written over if it is large enough.
+        out: Where the rows go, [at least as many, *shape] and contiguous; default: fresh memory.
 
     Raises:
         CorruptObjectError: A checksum is wrong, or a chunk is missing or not of its size.
@@ -63,10 +63,7 @@ def decode_rows(
     shard, chunk = (sizes.shard_rows, sizes.chunk_rows) if layout.per == "row" else (1, 1)
     index = _index(part, sizes.object, shard // chunk, where)
     count = rows.stop - rows.start
-    room = spare.base if spare is not None and isinstance(spare.base, np.ndarray) else None
-    if room is None or len(room) < count:
-        room = np.empty((max(count, min(shard, count + chunk)), *layout.shape), dtype=layout.dtype)
-    out: Array = room[:count]
+    out = np.empty((count, *layout.shape), dtype=layout.dtype) if out is None else out[:count]
     row_bytes = out.itemsize * int(np.prod(layout.shape, dtype=np.int64))
     flat = out.reshape(-1).view(np.uint8)
     for number in range(rows.start // chunk, -(-rows.stop // chunk)):

@@ -155,14 +155,16 @@ class Store(Sequence[Sample]):
         decoded = {name: self._read(self._columns[name], index, slice(0, info.rows)) for name in names}
         return Shard(index, info.first_sample, self._offsets(index), decoded, self._table(index), self.vocab_size)
 
-    def read_packed(self, index: int, columns: Sequence[str], spare: PackedShard | None = None) -> PackedShard:
+    def read_packed(
+        self, index: int, columns: Sequence[str], out: Mapping[str, Mapping[str, Array]] | None = None
+    ) -> PackedShard:
         """Return a shard's rows as the codecs left them, to be decoded a few at a time; errors as `read_shard`.
 
         Args:
             index: Which.
             columns: Names of the columns.
-            spare: A shard of this store and these columns that is no longer used: its memory is written over. Fresh
-                memory costs a page fault every 4 KiB, a quarter of the whole.
+            out: Column to part to array with room for the shard's rows, where they go; default: fresh memory, whose
+                page faults are a quarter of the whole cost.
         """
         self._require_columns(columns)
         info = self.shards[index]
@@ -171,9 +173,13 @@ class Store(Sequence[Sample]):
         for name in columns:
             column = self._columns[name]
             if is_packed(column):
-                parts[name] = self._parts(column, index, rows, None if spare is None else spare.parts[name])
-            else:
-                parts[name] = {"": self._read(column, index, rows)}
+                parts[name] = self._parts(column, index, rows, None if out is None else out[name])
+                continue
+            values = self._read(column, index, rows)
+            if out is not None:
+                out[name][""][: info.rows] = values
+                values = out[name][""][: info.rows]
+            parts[name] = {"": values}
         return PackedShard(index, info.first_sample, self._offsets(index), parts)
 
     def output_head(self) -> OutputHead | None:
@@ -223,14 +229,14 @@ class Store(Sequence[Sample]):
         return values
 
     def _parts(
-        self, column: Column, shard: int, rows: slice, spare: Mapping[str, Array] | None = None
+        self, column: Column, shard: int, rows: slice, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
         parts = {}
         for name, (path, layout) in column.arrays().items():
             self._require_layout(path, layout)
             span = rows if layout.per == "row" else slice(0, 1)
             sizes = self.manifest.shard_rows, self.manifest.chunk_rows
-            parts[name] = self._rows(path, layout, shard, span, *sizes, None if spare is None else spare[name])
+            parts[name] = self._rows(path, layout, shard, span, *sizes, None if out is None else out[name])
         return parts
 
     def _offsets(self, index: int) -> NDArray[np.int64]:
@@ -269,7 +275,7 @@ class Store(Sequence[Sample]):
         span: slice,
         shard_rows: int,
         chunk_rows: int,
-        spare: Array | None = None,
+        out: Array | None = None,
     ) -> Array:
         name = "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
         size = self._objects.size(name)
@@ -280,7 +286,7 @@ class Store(Sequence[Sample]):
             return self._objects.part(name, start, stop) if data is None else data[start:stop]
 
         sizes = ShardSizes(size, shard_rows, chunk_rows)
-        return decode_rows(part, sizes, layout, span, where=name, spare=spare)
+        return decode_rows(part, sizes, layout, span, where=name, out=out)
 
     def _require_layout(self, path: str, layout: Part) -> None:
         if path in self._checked:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, MismatchError
-from kdcache.store import PackedShard, Store, open_store
+from kdcache.store import Store, open_store
 from kdcache.stream.config import StreamConfig
-from kdcache.stream.gather import ShardReader, columns_read
+from kdcache.stream.gather import Memory, ShardReader, columns_read
 from kdcache.stream.order import sample_order
 from kdcache.stream.prefetch import AHEAD, prefetched
 from kdcache.targets.tensor import OutputHead
@@ -43,7 +43,7 @@ class StreamDataset(IterableDataset[Batch]):
         self._config = config
         self.epoch = 0
         self.start = 0
-        self._spare: list[PackedShard] = []  # memory that goes from epoch to epoch, not from process to process
+        self._spare: list[Memory] = []
         _require_columns(self._store, config)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,8 +70,14 @@ class StreamDataset(IterableDataset[Batch]):
         mine = (number >= 0) & (number % step == 0) & (place % whole % config.world_size == config.rank)
         ends = np.flatnonzero(np.diff(number[mine], append=-1)) + 1
         threads = 2 if worker is None else 1
-        with ShardReader(self._store, config, order[: len(place)][mine], threads=threads, spare=self._spare) as reader:
-            yield from reader.batches([0, *ends.tolist()])
+        own, bounds = order[: len(place)][mine], [0, *ends.tolist()]
+        # memory goes from epoch to epoch, and never to two iterators at once
+        memory = self._spare.pop() if self._spare else Memory()
+        try:
+            with ShardReader(self._store, config, own, bounds, memory, threads=threads) as reader:
+                yield from reader
+        finally:
+            self._spare = [memory]
 
 
 class Loader:

@@ -5,7 +5,7 @@ Legend: `N` positions of a batch, `S` samples of the store.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ INPUTS = ("input_ids", "labels", "loss_mask")
 TARGETS = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
 DRAWS = ("draw_ids", "draw_logits")
 
-GATHERED_POSITIONS = 8192
+GATHERED_POSITIONS = 4096
 """Positions gathered and unpacked at a time: enough to make a call's cost small, few enough to stay in the cache."""
 
 
@@ -37,17 +37,51 @@ def columns_read(config: StreamConfig) -> list[str]:
     return names + [f"hidden.{layer}" for layer in config.hidden]
 
 
-class ShardReader:
-    """Makes batches of samples in a known order; threads decode the shards that come next.
+class Memory:
+    """Room for some shards, column by column and part by part; it goes from epoch to epoch.
 
-    It holds the shards of a pool and decodes those of the next: memory does not depend on the store's size.
+    Attributes:
+        slots: Shards it has room for.
+        rows: Of a slot.
+        arrays: Column to part to array [slots * rows, ...].
+    """
+
+    def __init__(self) -> None:
+        self.slots = self.rows = 0
+        self.arrays: dict[str, dict[str, NDArray[Any]]] = {}
+
+    def make(self, store: Store, columns: Sequence[str], slots: int, rows: int) -> None:
+        """Make the room unless it is there."""
+        if slots <= self.slots and rows == self.rows and list(columns) == list(self.arrays):
+            return
+        self.slots, self.rows = slots, rows
+        for name in columns:
+            column = store.columns[name]
+            kinds = {"": (column.build().dtype, column.shape)}
+            if is_packed(column):
+                kinds = {part: (layout.dtype, layout.shape) for part, (_, layout) in column.arrays().items()}
+            self.arrays[name] = {
+                part: np.empty((slots * rows, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()
+            }
+
+    def slot(self, number: int) -> dict[str, dict[str, NDArray[Any]]]:
+        """Return the room of one shard."""
+        here = slice(number * self.rows, (number + 1) * self.rows)
+        return {name: {part: values[here] for part, values in parts.items()} for name, parts in self.arrays.items()}
+
+
+class ShardReader:
+    """Makes batches of samples in a known order; threads decompress the shards that come next.
+
+    It holds the shards of a pool and, ahead, those of the next: memory does not depend on the store's size.
 
     Args:
         store: Where from.
         config: What.
-        samples: int64, their numbers in the order in which they will be asked for.
-        threads: That decode.
-        spare: Shards whose memory may be written over; those that are done with are added.
+        samples: int64, their numbers in the order of the batches.
+        bounds: Batch i has the samples at places bounds[i] to bounds[i+1].
+        memory: Where shards are held.
+        threads: That decompress.
     """
 
     def __init__(
@@ -55,81 +89,101 @@ class ShardReader:
         store: Store,
         config: StreamConfig,
         samples: NDArray[np.int64],
+        bounds: Sequence[int],
+        memory: Memory,
         *,
         threads: int,
-        spare: list[PackedShard],
     ) -> None:
         self._store = store
         self._config = config
         self._columns = columns_read(config)
-        self._samples = samples
+        self._samples, self._bounds = samples, bounds
         firsts = np.asarray([shard.first_sample for shard in store.shards])
         self._shards = np.searchsorted(firsts, samples, side="right") - 1
+        # dictionaries keep the order of first appearance
         self._last = dict(zip(self._shards.tolist(), range(len(samples)), strict=True))
-        self._needed = list(self._last)  # a dictionary keeps the order of first appearance
+        self._needed = list(self._last)
         self._turns = {index: turn for turn, index in enumerate(self._needed)}
         self._asked = 0
         ranked = any(store.columns[name].codec == RANKED for name in self._columns)
         self._ids_by_rank = torch.from_numpy(store.ids_by_rank) if ranked else torch.zeros(0, dtype=torch.int32)
+        memory.make(
+            store,
+            self._columns,
+            min(len(store.shards), _most_at_once(self._shards, bounds) + config.pool_shards),
+            max((shard.rows for shard in store.shards), default=0),
+        )
+        self._memory = memory
+        self._free = list(range(memory.slots))
+        self._held: dict[int, tuple[int, Future[PackedShard]]] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kdcache-decode")
-        self._held: dict[int, Future[PackedShard]] = {}
-        self._spare = spare
 
     def __enter__(self) -> "ShardReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
-        done = [one for one in self._held.values() if one.done() and not one.cancelled() and not one.exception()]
-        self._spare += [one.result() for one in done]
 
-    def batches(self, bounds: Sequence[int]) -> Iterator[Batch]:
-        """Yield the batches whose samples stand at places bounds[i] to bounds[i+1] of the order."""
-        number = 0
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
+        bounds, number = self._bounds, 0
         while number < len(bounds) - 1:
-            first, places, rows = number, list[tuple[PackedShard, slice]](), 0
-            ends = []
-            while number < len(bounds) - 1 and rows < GATHERED_POSITIONS:
-                places += self._places(bounds[number], bounds[number + 1])
-                rows = sum(place.stop - place.start for _, place in places)
-                ends.append(rows)
+            first, ended = number, False
+            starts, lengths = list[int](), list[int]()
+            while number < len(bounds) - 1 and sum(lengths) < GATHERED_POSITIONS and not ended:
+                begin, end = bounds[number], bounds[number + 1]
+                for place in range(begin, end):
+                    start, stop = self._rows(int(self._samples[place]), int(self._shards[place]))
+                    starts.append(start)
+                    lengths.append(stop - start)
+                    ended = ended or self._last[int(self._shards[place])] < end
                 number += 1
-            yield from self._gathered(places, bounds[first : number + 1], ends)
+            yield from self._gathered(first, number, np.asarray(starts), np.asarray(lengths))
             for index in [one for one in self._held if self._last[one] < bounds[number]]:
-                self._spare.append(self._held.pop(index).result())
+                self._free.append(self._held.pop(index)[0])
 
-    def _places(self, begin: int, end: int) -> Iterator[tuple[PackedShard, slice]]:
-        for number, index in zip(self._samples[begin:end].tolist(), self._shards[begin:end].tolist(), strict=True):
-            shard = self._shard(index)
-            inside = number - shard.first_sample
-            yield shard, slice(int(shard.offsets[inside]), int(shard.offsets[inside + 1]))
+    def _rows(self, sample: int, index: int) -> tuple[int, int]:
+        """Return where in memory a sample's rows begin and end."""
+        slot, shard = self._shard(index)
+        inside, base = sample - shard.first_sample, slot * self._memory.rows
+        return base + int(shard.offsets[inside]), base + int(shard.offsets[inside + 1])
+
+    def _shard(self, index: int) -> tuple[int, PackedShard]:
+        turn = self._turns[index]
+        while self._asked <= min(turn + self._config.pool_shards, len(self._needed) - 1) and self._free:
+            slot, one = self._free.pop(), self._needed[self._asked]
+            task = self._threads.submit(self._store.read_packed, one, self._columns, self._memory.slot(slot))
+            self._held[one] = (slot, task)
+            self._asked += 1
+        slot, task = self._held[index]
+        return slot, task.result()
 
     def _gathered(
-        self, places: list[tuple[PackedShard, slice]], bounds: Sequence[int], ends: Sequence[int]
+        self, first: int, last: int, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> Iterator[Batch]:
-        """Yield batches as views of what is unpacked for all of them together."""
-        columns = {name: self._column(name, places) for name in self._columns}
-        lengths = np.asarray([place.stop - place.start for _, place in places], dtype=np.int64)
-        for number, rows in enumerate(pairwise([0, *ends])):
-            begin, end = bounds[number], bounds[number + 1]
-            here = {name: values[rows[0] : rows[1]] for name, values in columns.items()}
-            inside = lengths[begin - bounds[0] : end - bounds[0]]
+        """Yield batches first to last as views of what is unpacked for all of them together."""
+        ends = np.cumsum(lengths)
+        rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
+        columns = {name: self._column(name, rows) for name in self._columns}
+        offsets = np.concatenate([[0], ends])
+        origin = self._bounds[first]
+        for number in range(first, last):
+            begin, end = self._bounds[number], self._bounds[number + 1]
+            inside = offsets[begin - origin : end - origin + 1]
+            here = {name: values[int(inside[0]) : int(inside[-1])] for name, values in columns.items()}
             yield Batch(
                 input_ids=here["input_ids"].long(),
                 labels=here["labels"].long(),
                 mask=here["loss_mask"] == COUNTS,
-                offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(inside)])),
+                offsets=torch.from_numpy(inside - inside[0]),
                 sample_index=torch.from_numpy(self._samples[begin:end].astype(np.int64)),
                 targets=_targets(here, self._store.vocab_size) if self._config.targets else None,
                 hidden={name: here[f"hidden.{name}"] for name in self._config.hidden},
             )
 
-    def _column(self, name: str, places: list[tuple[PackedShard, slice]]) -> torch.Tensor:
+    def _column(self, name: str, rows: NDArray[np.int64]) -> torch.Tensor:
         column = self._store.columns[name]
-        parts = {
-            part: np.concatenate([shard.parts[name][part][rows] for shard, rows in places])
-            for part in places[0][0].parts[name]
-        }
+        parts = {part: values.take(rows, axis=0) for part, values in self._memory.arrays[name].items()}
         values = unpack(column.build(), parts) if is_packed(column) else torch.from_numpy(parts[""])
         if column.codec == RANKED:
             values = self._ids_by_rank.index_select(0, values.view(-1)).view(values.shape)
@@ -141,12 +195,16 @@ class ShardReader:
             )
         return values
 
-    def _shard(self, index: int) -> PackedShard:
-        for one in self._needed[self._asked : self._turns[index] + self._config.pool_shards + 1]:
-            spare = self._spare.pop() if self._spare else None
-            self._held[one] = self._threads.submit(self._store.read_packed, one, self._columns, spare)
-            self._asked += 1
-        return self._held[index].result()
+
+def _most_at_once(shards: NDArray[np.int64], bounds: Sequence[int]) -> int:
+    """Return how many shards are in use at once at most, each from its first batch to its last."""
+    batch = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    change = np.zeros(len(bounds) + 1, dtype=np.int64)
+    _, first = np.unique(shards, return_index=True)
+    _, last = np.unique(shards[::-1], return_index=True)
+    np.add.at(change, batch[first], 1)
+    np.add.at(change, batch[len(shards) - 1 - last] + 1, -1)
+    return int(np.cumsum(change).max(initial=0))
 
 
 def _targets(columns: dict[str, torch.Tensor], vocab_size: int) -> TensorTargets:
