@@ -91,25 +91,25 @@ def main() -> None:
         f"SmolLM2-135M-Instruct in bfloat16, {len(dense)} positions of held-out articles, V = {dense.shape[1]}, "
         f"k = {arguments.k}; log-partition 16 bytes a position. Judged by float64 over whole rows. "
         "`python benchmarks/fidelity.py` repeats it. Bold temperatures are those of the bar; T = 8, 4, 2, 1, 0.5 are nodes.\n",
-        "| T | tail mass, mean error | worst | steps16: kept p, mean relative error | 99.9 % | worst "
+        "| T | tail mass, mean error | worst | levels: kept p, mean relative error | 99.9 % | worst "
         "| steps8: mean | 99.9 % | worst |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    compact = {name: through_codec(whole, name) for name in ("steps16", "steps8")}
+    compact = {name: through_codec(whole, name) for name in ("levels", "steps8")}
     table = {}
     for temperature in TEMPERATURES:
         table[temperature] = errors(compact, dense, temperature)
-        fine, coarse = table[temperature]["steps16"], table[temperature]["steps8"]
+        fine, coarse = table[temperature]["levels"], table[temperature]["steps8"]
         mark = "**" if temperature in BAR else ""
         lines.append(
             f"| {mark}{temperature}{mark} | {fine[0]:.2e} | {fine[1]:.2e} | {fine[2]:.2e} | {fine[3]:.2e} | {fine[4]:.2e} "
             f"| {coarse[2]:.2e} | {coarse[3]:.2e} | {coarse[4]:.2e} |"
         )
-    worst = {key: max(table[t]["steps16"][i] for t in BAR) for i, key in enumerate(("mean", "worst"))}
-    kept = {name: max(table[t][name][4] for t in BAR) for name in ("steps16", "steps8")}
+    worst = {key: max(table[t]["levels"][i] for t in BAR) for i, key in enumerate(("mean", "worst"))}
+    kept = {name: max(table[t][name][4] for t in BAR) for name in ("levels", "steps8")}
     lines.append(
         f"\nOver the bar's temperatures: tail mass, mean {worst['mean']:.1e} (asked 1e-3), worst {worst['worst']:.1e} (asked 2e-2); "
-        f"kept probabilities, worst {kept['steps16']:.2%} with steps16 (asked 1 %), {kept['steps8']:.2%} with steps8 (asked 3 %)."
+        f"kept probabilities, worst {kept['levels']:.2%} with levels of 1/128 nat (asked 1 %), {kept['steps8']:.2%} with steps8 (asked 3 %)."
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")

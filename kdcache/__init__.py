@@ -1,20 +1,18 @@
 """Run the teacher once, store what it knew, distil any number of students from the store.
 
-The public names are loaded on first use, so that `import kdcache` costs milliseconds and no torch.
+The public names are loaded on first use, so that `import kdcache` costs milliseconds and no torch. What runs a stage
+stands in the stage's module: `kdcache.capture.capture`, `kdcache.train.train`, `kdcache.evaluate.evaluate`,
+`kdcache.verify.verify`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.capture import capture
     from kdcache.errors import KdcacheError
-    from kdcache.evaluate import evaluate
     from kdcache.store import Store, StoreWriter, open_store
     from kdcache.stream import Loader
     from kdcache.targets import Targets
-    from kdcache.train import train
-    from kdcache.verify import verify
 
 __version__ = "0.1.0"
 
@@ -24,11 +22,7 @@ _HOMES = {
     "Store": "kdcache.store",
     "StoreWriter": "kdcache.store",
     "Targets": "kdcache.targets",
-    "capture": "kdcache.capture",
-    "evaluate": "kdcache.evaluate",
     "open_store": "kdcache.store",
-    "train": "kdcache.train",
-    "verify": "kdcache.verify",
 }
 
 __all__ = [
@@ -37,11 +31,7 @@ __all__ = [
     "Store",
     "StoreWriter",
     "Targets",
-    "capture",
-    "evaluate",
     "open_store",
-    "train",
-    "verify",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,10 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_the_lazy_names_are_those_of_their_homes() -> None:
     for name, home in kdcache._HOMES.items():
         assert hasattr(importlib.import_module(home), name)
+        assert getattr(kdcache, name) is getattr(importlib.import_module(home), name)
+
+
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name() -> None:
+    # importing kdcache.x binds kdcache.x to the module, so a function of that name would be found once and then lost
+    modules = {module.name for module in pkgutil.iter_modules(kdcache.__path__)}
+    assert not set(kdcache.__all__) & modules

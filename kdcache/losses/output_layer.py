@@ -69,6 +69,15 @@ def output_layer(
     return head_logits, extra_logits, rest
 
 
+CHUNK_ELEMENTS = {"cpu": 128 * 49152, "other": 1 << 26}
+"""Logits of a chunk: on the CPU the fastest of those measured (docs/log.md), elsewhere a quarter of a gigabyte."""
+
+
+def suitable_chunk(num_ids: int, device: torch.device) -> int:
+    """Return how many positions of a vocabulary to handle at a time on a device."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["other"]) // num_ids)
+
+
 def log_partition(head_logits: Tensor, rest: Tensor, inverse_temperature: float) -> Tensor:
     """Return the log-sum-exp [N] of b * logit over the whole vocabulary.
 

@@ -228,7 +228,7 @@ class Run:
             open_store(str(self._config.data.validation)),
             batch_size=self._config.data.batch_size,
             device=self._accelerator.device,
-            chunk=self._config.loss.chunk_positions,
+            chunk=self._config.loss.chunk_positions or None,
         )
         self._validation = found
         value = getattr(found, self._config.run.metric)

@@ -20,7 +20,7 @@ from kdcache.losses.cross_entropy import cross_entropy
 from kdcache.losses.exact import exact_divergence
 from kdcache.losses.hidden_cosine import hidden_cosine
 from kdcache.losses.hidden_mse import hidden_mse
-from kdcache.losses.output_layer import first_ids, log_partition, output_layer
+from kdcache.losses.output_layer import first_ids, log_partition, output_layer, suitable_chunk
 from kdcache.losses.projector import Projector
 from kdcache.losses.tails import policy
 from kdcache.store import Store
@@ -145,9 +145,7 @@ class Objective(nn.Module):
         temperatures = tuple(dict.fromkeys(inverse_temperatures))
         if output.hidden is not None and output.head is not None:
             head = first_ids(output.head, self._vocab_size)
-            sparse = output_layer(
-                output.hidden[rows], head, head_ids, extra_ids, temperatures, chunk=self._config.chunk_positions
-            )
+            sparse = output_layer(output.hidden[rows], head, head_ids, extra_ids, temperatures, chunk=self._chunk(rows))
         else:
             assert output.logits is not None  # a student gives one or the other
             sparse = _of_logits(output.logits[rows, : self._vocab_size], head_ids, extra_ids, temperatures)
@@ -165,8 +163,11 @@ class Objective(nn.Module):
             temperature=temperature,
             divergence=self._divergence,
             num_ids=self._vocab_size,
-            chunk=self._config.chunk_positions,
+            chunk=self._chunk(rows),
         )
+
+    def _chunk(self, rows: Tensor) -> int:
+        return self._config.chunk_positions or suitable_chunk(self._vocab_size, rows.device)
 
     def _hidden(self, batch: Batch, output: StudentOutput, rows: Tensor) -> Tensor:
         total = torch.zeros((), device=rows.device)

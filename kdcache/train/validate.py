@@ -16,7 +16,7 @@ from kdcache.batch import Batch
 from kdcache.errors import MismatchError
 from kdcache.losses import divergence
 from kdcache.losses.exact import exact_divergence
-from kdcache.losses.output_layer import first_ids, log_partition, output_layer
+from kdcache.losses.output_layer import first_ids, log_partition, output_layer, suitable_chunk
 from kdcache.losses.tails import policy
 from kdcache.store import Store
 from kdcache.stream import Loader, StreamConfig
@@ -67,7 +67,7 @@ def held_out(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     head: OutputHead | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Return the measurements of a student on every sample of a store, in the store's order.
@@ -78,7 +78,7 @@ def held_out(
         batch_size: Samples a batch.
         device: Where the student is.
         head: The teacher's output layer: with it, and the last hidden state in the store, the KL is exact.
-        chunk: Positions of the output layer at a time.
+        chunk: Positions of the output layer at a time; default: what suits the vocabulary and the device.
         progress: Called with samples done and all.
 
     Raises:
@@ -87,6 +87,7 @@ def held_out(
     exact = head is not None and "hidden.final" in store.columns
     config = StreamConfig(batch_size=batch_size, shuffle=False, pool_shards=1, hidden=("final",) if exact else ())
     fused = is_fused(student)
+    chunk = chunk or suitable_chunk(store.vocab_size, torch.device(device))
     training = student.training
     student.eval()
     sums: Tensor | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.errors import MismatchError
-from kdcache.losses.output_layer import first_ids, log_partition, output_layer
+from kdcache.losses.output_layer import first_ids, log_partition, output_layer, suitable_chunk
 from kdcache.targets.tensor import OutputHead
 
 BS = (2.0, 1.0, 0.25)
@@ -237,3 +237,13 @@ def test_wrong_shapes_and_chunks_are_refused() -> None:
         output_layer(hidden, OutputHead(weight), head_ids[:1], extra_ids, BS, chunk=3)
     with pytest.raises(ValueError, match="at least one position"):
         output_layer(hidden, OutputHead(weight), head_ids, extra_ids, BS, chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "device", "expected"), [(49152, "cpu", 128), (262144, "cpu", 24), (10**9, "cpu", 1)]
+)
+def test_an_automatic_chunk_keeps_a_tensor_of_logits_small(num_ids: int, device: str, expected: int) -> None:
+    chunk = suitable_chunk(num_ids, torch.device(device))
+    assert chunk == expected
+    assert chunk == 1 or chunk * num_ids * 4 <= 26e6
+    assert suitable_chunk(num_ids, torch.device("meta")) >= chunk
