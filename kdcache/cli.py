@@ -50,6 +50,10 @@ def _options(
 def capture(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the store to write or to go on with.")],
+    bytes_per_position: Annotated[
+        float | None,
+        typer.Option(help="Keep as many logits as fit (hidden features and draws not counted), in place of targets.k."),
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -65,7 +69,10 @@ def capture(
     from kdcache.capture.config import CaptureConfig
     from kdcache.config import load_config
 
-    settings = load_config(CaptureConfig, config, set_ or ())
+    overrides = list(set_ or ())
+    if bytes_per_position is not None:
+        overrides.append(f"targets.bytes_per_position={bytes_per_position}")
+    settings = load_config(CaptureConfig, config, overrides)
     with display.capture_progress(quiet=quiet) as progress:
         result = run(settings, out, progress=progress)
     _print(result.as_dict(), as_json, display.capture_result)

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from kdcache.capture.config import CaptureConfig
-from kdcache.capture.keep import columns_of, output_head_of, ranking_of
+from kdcache.capture.keep import columns_of, output_head_of
 from kdcache.capture.rows import RowMaker
+from kdcache.capture.survey import MOST, entries_within, survey
 from kdcache.errors import ConfigError, Interrupted
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
-from kdcache.store import SampleTable, ShardPlan, Store, StorePlan, StoreWriter, open_store
+from kdcache.store import Begun, SampleTable, ShardPlan, Store, StorePlan, StoreWriter, open_store
 from kdcache.store.manifest import FILE
 from kdcache.store.objects import storage_errors
 from kdcache.store.schema import RANKED
@@ -74,6 +75,7 @@ class CaptureResult:
         samples: In the store.
         positions: In the store.
         bytes: Of all objects.
+        k: Logits kept a position.
         already_complete: Nothing had to be done.
         seconds: Of this run's capture, samples and model loading not counted.
         positions_per_second: Of this run, or of the one that finished the store.
@@ -87,6 +89,7 @@ class CaptureResult:
     samples: int
     positions: int
     bytes: int
+    k: int
     already_complete: bool = False
     seconds: float = 0.0
     positions_per_second: float = 0.0
@@ -129,6 +132,7 @@ def capture(
     identity = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
     if (root / FILE).is_file():
         store = open_store(root)
+        config = _settled(config, store.k)
         recorded = store.manifest.part("source") or {}
         same = (store.manifest.part("capture"), store.manifest.part("teacher"), recorded.get("source")) == (
             _settings(config),
@@ -147,15 +151,10 @@ def capture(
             folder=root / WORK,
             progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
         )
-    columns = columns_of(config, model)
-    ranking = None
-    if any(column.codec == RANKED for column in columns):
-        ranking = StoreWriter.begun_ranking(root)
-        if ranking is None:
-            ranking = ranking_of(model, samples, config.targets.k)
+    config, ranking = _looked(config, model, samples, StoreWriter.begun(root))
     plan = StorePlan(
         kind="causal_lm",
-        columns=columns,
+        columns=columns_of(config, model),
         shard_rows=config.store.shard_positions,
         chunk_rows=min(config.store.chunk_positions, config.store.shard_positions),
         vocab_size=model.vocab_size,
@@ -173,6 +172,30 @@ def capture(
     )
     writer = StoreWriter.open(root, plan)
     return _Run(config, model, samples, writer, progress).run()
+
+
+def _looked(
+    config: CaptureConfig, model: Teacher, samples: SampleSet, begun: Begun | None
+) -> "tuple[CaptureConfig, np.ndarray[Any, Any] | None]":
+    """Return the config with its k settled, and the ranking if ids are kept as ranks: begun ones, or from a look."""
+    if begun is not None:
+        return _settled(config, begun.k), begun.ranking
+    budget = config.targets.bytes_per_position
+    most = config.targets.k if budget is None else min(MOST, model.vocab_size)
+    if budget is None and not any(column.codec == RANKED for column in columns_of(config, model)):
+        return config, None
+    seen = survey(model, samples, most)
+    if budget is not None:
+        config = _settled(config, entries_within(budget, seen, lambda k: columns_of(_settled(config, k), model)))
+    ranked = any(column.codec == RANKED for column in columns_of(config, model))
+    return config, seen.ranking(config.targets.k) if ranked else None
+
+
+def _settled(config: CaptureConfig, k: int) -> CaptureConfig:
+    """Return the config with the k that its budget bought; without a budget, as it is."""
+    if config.targets.bytes_per_position is None:
+        return config
+    return config.model_copy(update={"targets": config.targets.model_copy(update={"k": k})})
 
 
 def plan_shards(rows: "np.ndarray[Any, Any]", room: int) -> Iterator[ShardPlan]:
@@ -318,6 +341,7 @@ def _result(
         samples=len(store),
         positions=store.num_positions,
         bytes=store.nbytes,
+        k=store.k,
         already_complete=already_complete,
         seconds=round(seconds, 3),
         positions_per_second=round(made / seconds, 1) if made else recorded.get("positions_per_second", 0.0),

@@ -36,6 +36,8 @@ class TargetsConfig(Section):
 
     Attributes:
         k: Largest logits kept.
+        bytes_per_position: A budget of all columns but hidden features and draws; k is then the largest that fits,
+            found by coding a few of the teacher's rows.
         logits: Codec of the kept logits: levels (whole steps), bits (exact), float16, bfloat16, float32, steps16 or
             steps8; default: as `store.preset` says.
         steps_per_nat: Of levels: the error is half a step, 0.4 % of a probability at T = 1 with 128.
@@ -46,6 +48,7 @@ class TargetsConfig(Section):
     """
 
     k: int = Field(default=64, ge=1)
+    bytes_per_position: float | None = Field(default=None, gt=0)
     logits: Literal["levels", "bits", "float16", "bfloat16", "float32", "steps16", "steps8"] | None = None
     steps_per_nat: int = Field(default=128, ge=1, le=4096)
     draws: int = Field(default=0, ge=0)

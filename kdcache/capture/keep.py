@@ -1,24 +1,13 @@
-"""What a capture keeps: its columns and their codecs, the teacher's output layer, the ranking of ids.
-
-Legend: `V` vocabulary, `K` kept entries.
-"""
+"""What a capture keeps: its columns and their codecs, the teacher's output layer."""
 
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kdcache.capture.config import CaptureConfig, HiddenConfig
-from kdcache.capture.rows import out_of_memory, too_large
 from kdcache.errors import ConfigError
-from kdcache.samples import SampleSet
-from kdcache.store import Column, HiddenSpec, Kept, OutputHead, rank_by_count, standard_columns
-from kdcache.targets.measure import measure_rows
+from kdcache.store import Column, HiddenSpec, Kept, OutputHead, standard_columns
 from kdcache.teachers import Teacher
-
-RANKING_POSITIONS = 2048
-"""Positions whose heads make the ranking: 20,000 give lists one byte a position shorter (docs/log.md)."""
 
 RANKED_SHARE = 4
 """Ids are ranked where a head is at most one part in this many of the vocabulary."""
@@ -71,32 +60,6 @@ def output_head_of(teacher: Teacher) -> OutputHead:
         softcap=head.softcap,
         codec="bfloat16" if head.weight.dtype == torch.bfloat16 else "float32",
     )
-
-
-@torch.inference_mode()
-def ranking_of(teacher: Teacher, samples: SampleSet, k: int) -> NDArray[np.int32]:
-    """Return the ids [V] by how often they stand in the heads of some samples, spread evenly over all.
-
-    Deterministic for one teacher, device and set of samples.
-    """
-    step = max(1, len(samples) * int(np.mean(samples.lengths)) // RANKING_POSITIONS)
-    counts = np.zeros(teacher.vocab_size, dtype=np.int64)
-    seen = 0
-    for number in range(0, len(samples), step):
-        tokens = samples[number].tokens[: RANKING_POSITIONS + 1]
-        try:
-            output = teacher.forward([tokens[:-1]])
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise too_large(samples[number]) from error
-            raise
-        labels = torch.from_numpy(tokens[1:]).to(output.rows.device)
-        ids = measure_rows(output.rows, labels, k=k, head=output.head).numpy().ids
-        counts += np.bincount(ids.reshape(-1), minlength=len(counts))
-        seen += len(labels)
-        if seen >= RANKING_POSITIONS:
-            break
-    return rank_by_count(counts)
 
 
 def _kept(config: CaptureConfig, teacher: Teacher) -> Kept:

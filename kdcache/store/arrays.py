@@ -4,6 +4,7 @@ All compression, sharding and checksums are zarr-python's. What is ours: a shard
 can be written atomically and digested. `chunks.py` is the reading side.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from kdcache.codecs import Compressor, Part
+from kdcache.store.schema import RANKED, Column
 
 Array = NDArray[Any]
 
@@ -35,6 +37,48 @@ def encode_shard(part: Part, values: Array, *, shard_rows: int, chunk_rows: int)
     array[...] = padded
     key = "/".join(["c", "0", *("0" for _ in part.shape)])
     return key.removeprefix("c/0"), held[key].to_bytes()
+
+
+def encode_column(
+    column: Column, values: Array, ranks: NDArray[np.int32], *, shard_rows: int, chunk_rows: int
+) -> dict[tuple[str, str], bytes]:
+    """Return the objects of one shard of a column: (path of the array, key suffix after `c/<shard>`) to bytes.
+
+    Args:
+        column: Which.
+        values: [N, *shape], decoded.
+        ranks: [V], of the ids; used by columns that keep ranks.
+        shard_rows: Rows of the shard.
+        chunk_rows: Rows of an inner chunk.
+
+    Raises:
+        ValueError: A value that the column's codec cannot keep.
+    """
+    parts = column.build().encode(values if column.codec != RANKED else ranks[values])
+    found = {}
+    for part, (path, layout) in column.arrays().items():
+        suffix, data = encode_shard(layout, parts[part], shard_rows=shard_rows, chunk_rows=chunk_rows)
+        found[path, suffix] = data
+    return found
+
+
+def encoded_bytes(columns: Sequence[Column], values: Mapping[str, Array], ranks: NDArray[np.int32]) -> int:
+    """Return the size of the objects that hold N rows of some columns as one chunk.
+
+    Args:
+        columns: Which.
+        values: Column to [N, *shape], decoded.
+        ranks: [V], of the ids.
+
+    Raises:
+        ValueError: A value that its column's codec cannot keep.
+    """
+    total = 0
+    for column in columns:
+        rows = len(values[column.name])
+        found = encode_column(column, values[column.name], ranks, shard_rows=rows, chunk_rows=rows)
+        total += sum(map(len, found.values()))
+    return total
 
 
 def array_metadata(part: Part, shards: int, *, shard_rows: int, chunk_rows: int) -> bytes:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from kdcache.codecs import codec
 from kdcache.errors import CorruptObjectError, IncompleteStoreError, MismatchError, TeacherNumericsError
 from kdcache.fingerprint import canonical_json, digest_bytes, digest_json
-from kdcache.store.arrays import array_metadata, encode_shard, group_metadata
+from kdcache.store.arrays import array_metadata, encode_column, encode_shard, group_metadata
 from kdcache.store.manifest import FILE, FORMAT, VERSION, load_manifest, seal, strict_json
 from kdcache.store.objects import Object, Objects, write_object
 from kdcache.store.progress import PLAN_FILE, committed, receipt_name
 from kdcache.store.ranking import ranks, read_ranking, write_ranking
-from kdcache.store.schema import ALIGNMENT, COUNTS, HEAD_CHUNK_ROWS, INVALID, RANKED, OutputHead, StorePlan
+from kdcache.store.schema import ALIGNMENT, COUNTS, HEAD_CHUNK_ROWS, INVALID, OutputHead, StorePlan
 
 Array = NDArray[Any]
 
@@ -40,6 +40,19 @@ class SampleTable:
     ids: Sequence[str]
     rows: Array
     extra: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a begun store settled by looking at the teacher; who goes on with it keeps to it.
+
+    Attributes:
+        k: Entries kept.
+        ranking: int32 [V], ids by rank, or None.
+    """
+
+    k: int
+    ranking: NDArray[np.int32] | None
 
 
 class StoreWriter:
@@ -92,8 +105,8 @@ class StoreWriter:
         return cls(root, plan, start, None)
 
     @staticmethod
-    def begun_ranking(path: Path | str) -> NDArray[np.int32] | None:
-        """Return the ranking of a store that was begun in a folder; None where there is none.
+    def begun(path: Path | str) -> "Begun | None":
+        """Return what a store that was begun in a folder has settled; None where there is none.
 
         Raises:
             CorruptObjectError: It is damaged.
@@ -102,9 +115,10 @@ class StoreWriter:
         if not (root / PLAN_FILE).is_file():
             return None
         document = strict_json((root / PLAN_FILE).read_bytes(), str(root / PLAN_FILE))
-        digest = document["plan"].get("ranking")
+        plan, digest = document["plan"], document["plan"].get("ranking")
         listed = {name: Object(one["bytes"], one["digest"]) for name, one in document["objects"].items()}
-        return None if digest is None else read_ranking(Objects(root, listed), document["plan"]["vocab_size"], digest)
+        found = None if digest is None else read_ranking(Objects(root, listed), plan["vocab_size"], digest)
+        return Begun(plan["k"], found)
 
     def write_shard(self, index: int, columns: Mapping[str, Array], samples: SampleTable) -> int:
         """Commit one shard; return the bytes written. A shard that is committed already is left alone.
@@ -125,18 +139,16 @@ class StoreWriter:
         objects: dict[str, Object] = {}
         for column in self.plan.columns:
             values = np.asarray(columns[column.name])
+            rows = {"shard_rows": self.plan.shard_rows, "chunk_rows": self.plan.chunk_rows}
             try:
-                parts = column.build().encode(values if column.codec != RANKED else self._ranks[values])
+                made = encode_column(column, values, self._ranks, **rows)
             except ValueError as error:
                 raise TeacherNumericsError(
                     f"The column {column.name} cannot be kept: {error}.",
                     where=f"shard {index}",
                     hint="Set targets.logits (or the layer's dtype) to float32, or on_invalid to skip.",
                 ) from error
-            for part, (path, layout) in column.arrays().items():
-                suffix, data = encode_shard(
-                    layout, parts[part], shard_rows=self.plan.shard_rows, chunk_rows=self.plan.chunk_rows
-                )
+            for (path, suffix), data in made.items():
                 name = f"{path}/c/{index}{suffix}"
                 objects[name] = write_object(self.root, name, data)
         name = f"samples/{index:05d}.parquet"

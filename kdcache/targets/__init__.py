@@ -8,7 +8,7 @@ depends on a temperature: `T` is an argument of the methods. `kdcache.targets.te
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,27 @@ class Targets:
     def k(self) -> int:
         """K, the number of kept entries."""
         return int(self.ids.shape[1])
+
+    def narrow(self, k: int) -> "Targets":
+        """Return the targets with only the k largest kept: the others join the tail, as if they had been captured so.
+
+        The tail's node values are those of a capture with this k, up to the stored ones' rounding.
+
+        Raises:
+            ValueError: There are fewer than k entries, or tail draws, which would not be of the longer tail.
+        """
+        if not 1 <= k <= self.k:
+            raise ValueError(f"{k} entries cannot be kept of {self.k}")
+        if k == self.k:
+            return self
+        if self.draw_ids is not None:
+            raise ValueError("targets with tail draws cannot be narrowed: the draws are of the shorter tail")
+        b = np.asarray(NODES)[:, None]
+        z = self.logits[:, None, k - 1 :].astype(np.float64)
+        dropped = b * (z[..., 1:] - z[..., :1])
+        tail = self.tail + np.asarray(NODES) * (z[:, :, -1] - z[:, :, 0])
+        joined = np.logaddexp.reduce(np.concatenate([dropped, tail[..., None]], axis=2), axis=2).astype(np.float32)
+        return replace(self, ids=self.ids[:, :k], logits=self.logits[:, :k], tail=joined)
 
     def tail_log_partition(self, temperature: float) -> Float:
         """Return log sum over the tail of exp(z / T) [N]; minus infinity where the tail is empty.

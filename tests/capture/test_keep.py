@@ -76,7 +76,7 @@ def test_a_capture_that_goes_on_keeps_the_ranking_it_began_with(
     def again(*_: Any) -> Any:
         raise AssertionError("the ranking was made twice")
 
-    monkeypatch.setattr("kdcache.capture.ranking_of", again)
+    monkeypatch.setattr("kdcache.capture.survey", again)
     assert capture(config_of(tree), tmp_path / "s").digest == whole
 
 

@@ -88,3 +88,29 @@ def test_targets_are_immutable(logits: np.ndarray) -> None:
     with pytest.raises(AttributeError):
         compact(logits, 8).vocab_size = 3  # type: ignore[misc]
     assert isinstance(compact(logits, 8), Targets)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_narrowed_targets_are_those_of_a_smaller_k(logits: np.ndarray, k: int) -> None:
+    ours, wanted = compact(logits, 16).narrow(k), compact(logits, k)
+    assert np.array_equal(ours.ids, wanted.ids)
+    assert np.array_equal(ours.logits, wanted.logits)
+    assert np.allclose(ours.tail, wanted.tail, atol=1e-3)
+    whole = compact(logits, logits.shape[1]).narrow(k)
+    assert np.allclose(whole.tail, wanted.tail, atol=1e-3)
+    for temperature in (0.7, 1.0, 4.0):
+        assert np.allclose(ours.tail_mass(temperature), wanted.tail_mass(temperature), atol=1e-3)
+
+
+def test_narrowing_refuses_what_it_cannot_do(logits: np.ndarray) -> None:
+    targets = compact(logits, 4)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="entries"):
+            targets.narrow(k)
+    ids = np.zeros((len(targets), 2), dtype=np.int32)
+    drawn = Targets(
+        targets.ids, targets.logits, targets.tail, targets.label_logit, targets.vocab_size, ids, ids.astype(np.float32)
+    )
+    with pytest.raises(ValueError, match="draws"):
+        drawn.narrow(2)
+    assert drawn.narrow(4) is drawn
