@@ -40,7 +40,7 @@ def test_a_run_needs_no_file_at_all() -> None:
     ("text", "override", "message", "hint"),
     [
         (SMALLEST + "targest: {k: 2}", "", "unknown key 'targest'", "Did you mean 'targets'"),
-        (SMALLEST, "targets.zzz=2", "unknown key 'targets.zzz'", "Known keys: draws, exact"),
+        (SMALLEST, "targets.zzz=2", "unknown key 'targets.zzz'", "Known keys: bytes_per_position, draws, exact"),
         (SMALLEST, "teacher.dytpe=float32", "unknown key 'teacher.dytpe'", "Did you mean 'dtype'"),
         (SMALLEST, "teacher.dtype=float12", "key 'teacher.dtype'", ""),
         (SMALLEST, "targets.k=many", "key 'targets.k'", ""),

@@ -1,5 +1,12 @@
 """The order is a pure function, and resuming at any step gives the same future."""
 
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from kdcache.batch import Batch
-from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
+from kdcache.errors import ConfigError, CorruptObjectError, KdcacheError, MismatchError
 from kdcache.store import Kept, Store
 from kdcache.stream import Loader, StreamConfig, StreamDataset, sample_order
+from kdcache.stream.decoders import FORKS
 from tests import tiny
 
 ROWS = ((5, 9, 3), (7, 7), (4, 4, 4, 4), (12,), (6, 2))
@@ -135,6 +143,90 @@ def test_damage_reaches_the_consumer_as_its_own_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(CorruptObjectError):
         list(Loader(damaged, StreamConfig(batch_size=2)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_damage_found_by_a_process_is_the_same_error(workers: int, tmp_path: Path) -> None:
+    damaged = tiny.write_store(tmp_path / "s", rows=ROWS)
+    path = tmp_path / "s" / "columns" / "head_ids" / "c" / "2" / "0"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(CorruptObjectError) as caught:
+        list(Loader(damaged, StreamConfig(batch_size=2, workers=workers)))
+    assert "head_ids" in caught.value.where
+    assert caught.value.hint
+
+
+def test_processes_live_from_epoch_to_epoch_and_end_with_the_loader(store: Store) -> None:
+    loader = Loader(store, StreamConfig(batch_size=2, workers=2))
+    others = {one.pid for one in multiprocessing.active_children()}
+    list(loader)
+    first = {one.pid for one in multiprocessing.active_children()} - others
+    list(loader)
+    assert {one.pid for one in multiprocessing.active_children()} - others == first
+    assert len(first) == (2 if FORKS else 0)
+    del loader
+    gc.collect()
+    assert ended(first)
+
+
+def test_an_iterator_left_early_does_not_disturb_the_next(store: Store) -> None:
+    loader = Loader(store, StreamConfig(batch_size=1, pool_shards=1, workers=2))
+    for _ in range(5):
+        left = iter(loader)
+        next(left)
+        left.close()  # type: ignore[attr-defined]
+        loader.set_epoch(0)
+    for batch in loader:
+        sample = store[int(batch.sample_index[0])]
+        assert np.array_equal(batch.input_ids.numpy(), sample.input_ids[:-1])
+
+
+@pytest.mark.skipif(not FORKS, reason="processes are used on Linux only")
+def test_a_killed_reader_is_an_error_with_a_hint(store: Store) -> None:
+    loader = Loader(store, StreamConfig(batch_size=1, workers=1))
+    others = multiprocessing.active_children()
+    list(loader)
+    for child in set(multiprocessing.active_children()) - set(others):
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    with pytest.raises(KdcacheError, match="killed"):
+        list(loader)
+    assert len(list(loader)) == len(store)  # new ones take their place
+
+
+@pytest.mark.skipif(not FORKS, reason="processes are used on Linux only")
+def test_reading_processes_end_when_their_trainer_is_killed(store: Store) -> None:
+    code = (
+        "import multiprocessing, time\n"
+        "from kdcache.stream import Loader, StreamConfig\n"
+        f"loader = Loader({str(store.path)!r}, StreamConfig(batch_size=1, workers=2))\n"
+        "list(loader)\n"
+        "print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        children = {int(one) for one in trainer.stdout.readline().split()}
+        trainer.kill()
+    assert len(children) == 2
+    assert ended(children)
+
+
+def ended(processes: set[Any]) -> bool:
+    """Say whether all of them are gone within a while."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until and any(running(one) for one in processes):
+        time.sleep(0.05)
+    return not any(running(one) for one in processes)
+
+
+def running(process: int) -> bool:
+    """Say whether a process is there and more than a name."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_leaving_an_epoch_early_stops_the_reading_thread(store: Store) -> None:

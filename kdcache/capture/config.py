@@ -44,6 +44,8 @@ class TargetsConfig(Section):
         draws: Ids drawn from the tail, for unbiased tail sums; 0 for none.
         hidden: Layers whose features are kept.
         exact: Also keep the last hidden state and, once, the output layer: the whole distribution comes back.
+        fused: Measure the tail in one pass made by torch.compile (a C++ compiler on a CPU, Triton on a GPU): faster,
+            and equal up to rounding.
         on_invalid: What becomes of a position whose logits are NaN or infinite: error, or skip (masked and counted).
     """
 
@@ -54,6 +56,7 @@ class TargetsConfig(Section):
     draws: int = Field(default=0, ge=0)
     hidden: tuple[HiddenConfig, ...] = ()
     exact: bool = False
+    fused: bool = False
     on_invalid: Literal["error", "skip"] = "error"
 
 

@@ -15,7 +15,7 @@ from kdcache.capture.config import CaptureConfig
 from kdcache.errors import ConfigError, TeacherMemoryError, TeacherNumericsError
 from kdcache.samples import SampleSet, SampleTokens
 from kdcache.store.schema import COUNTS, INVALID, MASKED
-from kdcache.targets.measure import measure_rows
+from kdcache.targets.measure import measure, measure_rows
 from kdcache.targets.tensor import TensorTargets
 from kdcache.teachers import Teacher, TeacherOutput
 
@@ -54,6 +54,8 @@ class RowMaker:
         if config.targets.exact and "final" not in self._layers:
             self._layers.append("final")
         self._budget = config.teacher.batch_positions
+        if config.targets.fused:
+            _require_compiler()
 
     def shard(self, first: int, count: int, done: Callable[[int], None]) -> ShardRows:
         """Return the rows of samples first to first + count.
@@ -126,6 +128,7 @@ class RowMaker:
                 k=config.k,
                 head=output.head,
                 uniforms=self._uniforms(samples, numbers, output),
+                fused=config.fused,
             )
             mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
             targets, mask = self._checked(targets, mask, samples)
@@ -205,6 +208,17 @@ def _mean(rows: Array, counts: Array) -> Array:
     kept = rows[counts] if counts.any() else rows
     mean: Array = kept.mean(axis=0)
     return mean
+
+
+def _require_compiler() -> None:
+    try:
+        measure(torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64), k=1, fused=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"torch.compile does not work here: {str(error).strip().splitlines()[0]}.",
+            where="targets.fused",
+            hint="Install a C++ compiler, or set targets.fused=false.",
+        ) from error
 
 
 def too_large(sample: SampleTokens) -> TeacherMemoryError:

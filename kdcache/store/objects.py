@@ -175,6 +175,12 @@ class Objects:
             raise _corrupt(path, "it has become shorter since it was verified")
         return data
 
+    def trust(self, name: str) -> None:
+        """Take an object as verified: another process of the same run has just done so."""
+        if name not in self._verified:
+            locate(self.root, name)
+            self._verified.add(name)
+
     def size(self, name: str) -> int:
         """Return the bytes of an object as the manifest lists it."""
         return self._expected(name).bytes

@@ -182,6 +182,12 @@ class Store(Sequence[Sample]):
             parts[name] = {"": values}
         return PackedShard(index, info.first_sample, self._offsets(index), parts)
 
+    def trust(self, index: int, columns: Sequence[str]) -> None:
+        """Do without the digests of a shard's columns: another process of the same run has just checked them."""
+        for name in columns:
+            for path, layout in self._columns[name].arrays().values():
+                self._objects.trust(_object_name(path, layout, index))
+
     def output_head(self) -> OutputHead | None:
         """Return the teacher's output layer; None unless the capture was `exact`."""
         head = self.manifest.part("output_head")
@@ -277,7 +283,7 @@ class Store(Sequence[Sample]):
         chunk_rows: int,
         out: Array | None = None,
     ) -> Array:
-        name = "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
+        name = _object_name(path, layout, shard)
         size = self._objects.size(name)
         whole = 4 * (span.stop - span.start) >= shard_rows or layout.per == "shard"
         data = self._objects.part(name, 0, size) if whole else None
@@ -332,6 +338,10 @@ class Store(Sequence[Sample]):
             targets=targets_of(columns, self.vocab_size),
             hidden=hidden,
         )
+
+
+def _object_name(path: str, layout: Part, shard: int) -> str:
+    return "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
 
 
 def _reopen(path: Path, digest: str) -> Store:

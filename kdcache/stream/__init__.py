@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store import Store, open_store
 from kdcache.stream.config import StreamConfig
-from kdcache.stream.gather import Memory, ShardReader, columns_read
+from kdcache.stream.decoders import Decoders
+from kdcache.stream.gather import ShardReader, columns_read
 from kdcache.stream.order import sample_order
-from kdcache.stream.prefetch import AHEAD, prefetched
+from kdcache.stream.prefetch import prefetched
 from kdcache.targets.tensor import OutputHead
 
 STATE_VERSION = 1
@@ -30,8 +31,8 @@ STATE_VERSION = 1
 class StreamDataset(IterableDataset[Batch]):
     """The batches of one epoch for one rank, for any torch DataLoader with `batch_size=None`.
 
-    Worker w of n gives every n-th batch from w, so the DataLoader's round robin restores the order. The store
-    is opened in the process that reads it, so fork and spawn both work.
+    Worker w of n gives every n-th batch from w, so the DataLoader's round robin restores the order. Each of them
+    decompresses the shards of all batches; `Loader` with `workers` does so once. Fork and spawn both work.
 
     Attributes:
         epoch: Which epoch to give.
@@ -43,7 +44,7 @@ class StreamDataset(IterableDataset[Batch]):
         self._config = config
         self.epoch = 0
         self.start = 0
-        self._spare: list[Memory] = []
+        self._spare: list[Decoders] = []
         _require_columns(self._store, config)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,15 +70,23 @@ class StreamDataset(IterableDataset[Batch]):
         number = place // whole - self.start - first
         mine = (number >= 0) & (number % step == 0) & (place % whole % config.world_size == config.rank)
         ends = np.flatnonzero(np.diff(number[mine], append=-1)) + 1
-        threads = 2 if worker is None else 1
         own, bounds = order[: len(place)][mine], [0, *ends.tolist()]
-        # memory goes from epoch to epoch, and never to two iterators at once
-        memory = self._spare.pop() if self._spare else Memory()
+        decoders = self._decoders()
         try:
-            with ShardReader(self._store, config, own, bounds, memory, threads=threads) as reader:
+            with ShardReader(self._store, config, own, bounds, decoders) as reader:
                 yield from reader
         finally:
-            self._spare = [memory]
+            self._spare = [decoders]
+
+    def _decoders(self) -> Decoders:
+        """Return what decompresses: it goes from epoch to epoch, and never to two iterators at once."""
+        while self._spare:
+            if (one := self._spare.pop()).usable:
+                return one
+        columns = columns_read(self._config)
+        if get_worker_info() is not None:
+            return Decoders(self._store, columns, threads=1)
+        return Decoders(self._store, columns, processes=self._config.workers)
 
 
 class Loader:
@@ -111,13 +120,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._dataset.epoch, self._dataset.start = self.epoch, self.batches
-        if self.config.workers:
-            source: Iterator[Batch] = iter(
-                DataLoader(self._dataset, batch_size=None, num_workers=self.config.workers, prefetch_factor=AHEAD)
-            )
-        else:
-            source = prefetched(iter(self._dataset))
-        for batch in source:
+        for batch in prefetched(iter(self._dataset)):
             self.batches += 1
             yield batch
         self.set_epoch(self.epoch + 1)

@@ -14,7 +14,8 @@ class StreamConfig(Section):
         targets: Read the teacher's rows.
         draws: Read the tail draws too.
         hidden: Layers whose features are read.
-        workers: Processes that read; 0 reads in a thread of this process.
+        workers: Processes that decompress shards, into memory they share with this one (threads where the system is not
+            Linux); 0 leaves it to two threads.
         rank: This process's number.
         world_size: Processes that share the epoch; with more than one, an unfilled last global batch is left out.
     """

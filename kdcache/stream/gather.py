@@ -1,21 +1,22 @@
-"""Batches out of shards that threads decompress ahead of time.
+"""Batches out of shards that are decompressed ahead of time.
 
 Legend: `N` positions of a batch, `S` samples of the store.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache.batch import Batch
-from kdcache.errors import CorruptObjectError
+from kdcache.errors import CorruptObjectError, KdcacheError
 from kdcache.store import PackedShard, Store, is_packed
 from kdcache.store.schema import COUNTS, RANKED
 from kdcache.stream.config import StreamConfig
+from kdcache.stream.decoders import Decoders
 from kdcache.targets.tensor import TensorTargets
 from kdcache.unpack import unpack
 
@@ -37,41 +38,8 @@ def columns_read(config: StreamConfig) -> list[str]:
     return names + [f"hidden.{layer}" for layer in config.hidden]
 
 
-class Memory:
-    """Room for some shards, column by column and part by part; it goes from epoch to epoch.
-
-    Attributes:
-        slots: Shards it has room for.
-        rows: Of a slot.
-        arrays: Column to part to array [slots * rows, ...].
-    """
-
-    def __init__(self) -> None:
-        self.slots = self.rows = 0
-        self.arrays: dict[str, dict[str, NDArray[Any]]] = {}
-
-    def make(self, store: Store, columns: Sequence[str], slots: int, rows: int) -> None:
-        """Make the room unless it is there."""
-        if slots <= self.slots and rows == self.rows and list(columns) == list(self.arrays):
-            return
-        self.slots, self.rows = slots, rows
-        for name in columns:
-            column = store.columns[name]
-            kinds = {"": (column.build().dtype, column.shape)}
-            if is_packed(column):
-                kinds = {part: (layout.dtype, layout.shape) for part, (_, layout) in column.arrays().items()}
-            self.arrays[name] = {
-                part: np.empty((slots * rows, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()
-            }
-
-    def slot(self, number: int) -> dict[str, dict[str, NDArray[Any]]]:
-        """Return the room of one shard."""
-        here = slice(number * self.rows, (number + 1) * self.rows)
-        return {name: {part: values[here] for part, values in parts.items()} for name, parts in self.arrays.items()}
-
-
 class ShardReader:
-    """Makes batches of samples in a known order; threads decompress the shards that come next.
+    """Makes batches of samples in a known order, while the shards that come next are decompressed.
 
     It holds the shards of a pool and, ahead, those of the next: memory does not depend on the store's size.
 
@@ -80,8 +48,7 @@ class ShardReader:
         config: What.
         samples: int64, their numbers in the order of the batches.
         bounds: Batch i has the samples at places bounds[i] to bounds[i+1].
-        memory: Where shards are held.
-        threads: That decompress.
+        decoders: What decompresses, and where to.
     """
 
     def __init__(
@@ -90,9 +57,7 @@ class ShardReader:
         config: StreamConfig,
         samples: NDArray[np.int64],
         bounds: Sequence[int],
-        memory: Memory,
-        *,
-        threads: int,
+        decoders: Decoders,
     ) -> None:
         self._store = store
         self._config = config
@@ -107,22 +72,19 @@ class ShardReader:
         self._asked = 0
         ranked = any(store.columns[name].codec == RANKED for name in self._columns)
         self._ids_by_rank = torch.from_numpy(store.ids_by_rank) if ranked else torch.zeros(0, dtype=torch.int32)
-        memory.make(
-            store,
-            self._columns,
-            min(len(store.shards), _most_at_once(self._shards, bounds) + config.pool_shards),
-            max((shard.rows for shard in store.shards), default=0),
-        )
-        self._memory = memory
-        self._free = list(range(memory.slots))
+        # room for three pools is enough for nearly every order, and costs nothing until it is used
+        needed = max(_most_at_once(self._shards, bounds) + config.pool_shards, 3 * config.pool_shards)
+        decoders.make_room(min(len(store.shards), needed), max((shard.rows for shard in store.shards), default=0))
+        self._decoders, self._memory = decoders, decoders.memory
+        self._free = list(range(self._memory.slots))
         self._held: dict[int, tuple[int, Future[PackedShard]]] = {}
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kdcache-decode")
 
     def __enter__(self) -> "ShardReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        # whoever reads next uses the same memory: nothing may write into it any more
+        wait([task for _, task in self._held.values() if not task.cancel()])
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
@@ -150,13 +112,20 @@ class ShardReader:
 
     def _shard(self, index: int) -> tuple[int, PackedShard]:
         turn = self._turns[index]
-        while self._asked <= min(turn + self._config.pool_shards, len(self._needed) - 1) and self._free:
-            slot, one = self._free.pop(), self._needed[self._asked]
-            task = self._threads.submit(self._store.read_packed, one, self._columns, self._memory.slot(slot))
-            self._held[one] = (slot, task)
-            self._asked += 1
-        slot, task = self._held[index]
-        return slot, task.result()
+        try:
+            while self._asked <= min(turn + self._config.pool_shards, len(self._needed) - 1) and self._free:
+                slot, one = self._free.pop(), self._needed[self._asked]
+                self._held[one] = (slot, self._decoders.submit(one, slot))
+                self._asked += 1
+            slot, task = self._held[index]
+            return slot, task.result()
+        except BrokenProcessPool as error:
+            self._decoders.close()
+            raise KdcacheError(
+                "A process that reads shards was killed.",
+                where=str(self._store.path),
+                hint="Most often memory ran out: lower workers or pool_shards.",
+            ) from error
 
     def _gathered(
         self, first: int, last: int, starts: NDArray[np.int64], lengths: NDArray[np.int64]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 AHEAD = 4
-"""Items made ahead by the thread, or by each worker process."""
+"""Items made ahead."""
 
 T = TypeVar("T")
 

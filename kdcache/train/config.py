@@ -51,7 +51,7 @@ class DataConfig(Section):
 
     Attributes:
         batch_size: Samples of a micro-batch and rank.
-        workers: Processes that read; 0 reads in a thread.
+        workers: Processes that decompress shards; 0 leaves it to threads.
         seed: Of the order; default: the run's.
         shuffle: In the order of (seed, epoch), else the store's.
         pool_shards: Shards whose samples are mixed.

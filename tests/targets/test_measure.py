@@ -1,5 +1,7 @@
 """What the device measures, against sorting and summing in float64."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,31 @@ def test_every_id_kept_leaves_an_empty_tail() -> None:
     found = measure(z, torch.zeros(3, dtype=torch.int64), k=20)
     assert torch.isneginf(found.tail).all()
     assert torch.allclose(found.log_partition(3.0), torch.logsumexp(z / 3, 1))
+
+
+@pytest.mark.parametrize(("size", "k"), [(1500, 1), (1501, 7), (1500, 300), (1024, 16), (70, 64)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_largest_are_found_by_blocks_of_ids(size: int, k: int, steps: int) -> None:
+    z = torch.randn(40, size, generator=torch.Generator().manual_seed(size + k))
+    if steps:  # many equal logits, across blocks and at the border of the head
+        z = (z * steps).round() / steps
+    z[3, 5], z[4, -1] = torch.inf, torch.nan
+    found = measure(z, torch.zeros(40, dtype=torch.int64), k=k)
+    expected = z.sort(dim=1, descending=True, stable=True).values[:, :k]
+    assert torch.equal(found.logits[:4], expected[:4])
+    assert torch.equal(found.logits[5:], expected[5:])
+    assert torch.isnan(found.logits[4, 0])
+    assert all(len(set(row)) == k for row in found.ids.tolist())
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a compiler"
+)
+def test_one_compiled_pass_gives_the_same_tail(logits: np.ndarray) -> None:
+    z = torch.tensor(logits).bfloat16()
+    z[:, 900:] = -torch.inf
+    labels = torch.zeros(60, dtype=torch.int64)
+    plain, fused = measure(z, labels, k=16), measure(z, labels, k=16, fused=True)
+    assert torch.equal(plain.ids, fused.ids)
+    assert torch.allclose(plain.tail, fused.tail, atol=2e-5)
+    assert torch.allclose(measure(z[:1], labels[:1], k=16, fused=True).tail, plain.tail[:1], atol=2e-5)
