@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,22 @@ from read_peers import BATCH, PEERS, Blocks, Records, collate, pack
 PRESETS = ("compact", "lossless", "raw")
 
 
-def batches_of(side: str, folder: Path, workers: int) -> Iterator[Any]:
-    """Yield the batches of one shuffled epoch."""
+def opened(side: str, folder: Path, workers: int) -> Iterable[Any]:
+    """Return what gives the batches of one shuffled epoch each time it is iterated; workers stay between epochs."""
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     if side.startswith("kdcache"):
         from kdcache.stream import Loader, StreamConfig
 
-        yield from Loader(folder, StreamConfig(batch_size=BATCH, workers=workers))
-        return
+        return Loader(folder, StreamConfig(batch_size=BATCH, workers=workers))
     _, open_, blocks = PEERS[side]
     if blocks:
-        yield from DataLoader(Blocks(open_, folder), batch_size=None, num_workers=workers)
-        return
+        return DataLoader(Blocks(open_, folder), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
     records = Records(open_, folder)
     sampler = BatchSampler(RandomSampler(records, generator=torch.Generator().manual_seed(0)), BATCH, drop_last=False)
-    yield from DataLoader(records, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
+    return DataLoader(
+        records, batch_sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+    )
 
 
 def measure(side: str, folder: Path, workers: int) -> dict[str, float]:
@@ -54,11 +54,12 @@ def measure(side: str, folder: Path, workers: int) -> dict[str, float]:
     torch.set_num_threads(1)
     began = time.perf_counter()
     first = 0.0
-    for number, _ in enumerate(batches_of(side, folder, workers)):
+    epochs = opened(side, folder, workers)
+    for number, _ in enumerate(epochs):
         if number == 0:
             first = time.perf_counter() - began
     positions, began, total = 0, time.perf_counter(), 0.0
-    for batch in batches_of(side, folder, workers):
+    for batch in epochs:
         ids = batch["ids"] if isinstance(batch, dict) else batch.targets.ids
         positions += len(ids)
         total += float(ids[0, 0])  # touched, so that nothing lazy is left
