@@ -35,6 +35,14 @@ def write_presets(
     folder: Path, source: Path | None, articles: int, repeat: int, presets: Sequence[str]
 ) -> dict[str, float]:
     """Write the rows of a capture, repeated, in each preset; return bytes a position by side."""
+    samples, counts = captured_samples(source, articles)
+    return {
+        f"kdcache {one}": write_store(folder / f"kdcache {one}", samples * repeat, KEPT[one], counts) for one in presets
+    }
+
+
+def captured_samples(source: Path | None, articles: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """Return the rows of every sample of a capture, and how often each id stands in a head."""
     with tempfile.TemporaryDirectory() as name:
         store = open_store(source or _captured(Path(name), articles))
         samples = []
@@ -44,7 +52,7 @@ def write_presets(
             counts += np.bincount(shard.columns["head_ids"].reshape(-1), minlength=len(counts))
             for start, stop in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
                 samples.append({column: values[start:stop] for column, values in shard.columns.items()})
-    return {f"kdcache {one}": _write(folder / f"kdcache {one}", samples * repeat, KEPT[one], counts) for one in presets}
+    return samples, counts
 
 
 def _captured(folder: Path, articles: int) -> Path:
@@ -59,7 +67,8 @@ def _captured(folder: Path, articles: int) -> Path:
     return folder / "store"
 
 
-def _write(where: Path, samples: list[dict[str, np.ndarray]], kept: Kept, counts: np.ndarray) -> float:
+def write_store(where: Path, samples: list[dict[str, np.ndarray]], kept: Kept, counts: np.ndarray) -> float:
+    """Write samples as a store; return its bytes a position."""
     shards, first, held = [], 0, 0
     for number, sample in enumerate(samples):
         rows = len(sample["labels"])
