@@ -12,8 +12,8 @@ draws where kept). The peers' schemes are written out here from their papers and
 - 50 pure draws at T = 1: ids bit-packed with 7 bits of count (Random Sampling KD); at T != 1 the counts are tempered, as nothing else is kept.
 
 Columns of ids and values are compressed with zstd 3 where that makes them smaller. The student is the teacher with a normal deviate of one nat on every
-logit. Its gradient is (student - target) / T; `error` is the norm of what a scheme changes in it over the norm of the exact gradient, mean over positions;
-`bias` is the same of the gradient's mean over all positions, so what more data does not average out. KL is of the teacher to the distribution that a
+logit. Its gradient is (student - target) / T; `error` is the norm of what a scheme changes in it over the norm of the exact gradient, both summed over positions;
+`bias` is the norm of the mean change over the same: what more data does not average out (of changes at random, a share of 1/sqrt(positions) is left). KL is of the teacher to the distribution that a
 scheme gives back, with a known rest spread evenly over the other ids.
 """
 
@@ -68,9 +68,9 @@ class Score:
 
     kl: float = 0.0
     error: float = 0.0
+    norm: float = 0.0
     positions: int = 0
     mean: Array | float = 0.0
-    exact: Array | float = 0.0
     bytes: list[Array] = field(default_factory=list)
 
     def add(self, kept: Kept, p: Array, s: Array) -> None:
@@ -88,15 +88,15 @@ class Score:
         with np.errstate(divide="ignore", invalid="ignore"):
             self.kl += float(np.where(p > 0, p * (np.log(p) - np.log(guess)), 0).sum())
         wrong, whole = target - p, s - p
-        self.error += float((np.linalg.norm(wrong, axis=1) / np.linalg.norm(whole, axis=1)).sum())
+        self.error += float(np.linalg.norm(wrong, axis=1).sum())
+        self.norm += float(np.linalg.norm(whole, axis=1).sum())
         self.mean = self.mean + wrong.sum(0)
-        self.exact = self.exact + whole.sum(0)
         self.positions += len(p)
 
     def row(self) -> tuple[float, float, float]:
         """Return KL, error and bias."""
-        bias = float(np.linalg.norm(self.mean) / np.linalg.norm(self.exact))
-        return self.kl / self.positions, self.error / self.positions, bias
+        bias = float(np.linalg.norm(self.mean)) / self.norm
+        return self.kl / self.positions, self.error / self.norm, bias
 
 
 def softmax(z: Array) -> Array:
@@ -193,12 +193,8 @@ def stored(targets: Targets) -> Callable[[float], Kept]:
 
 def column_bytes(store: Store) -> float:
     """Return the bytes a position of the columns that hold the teacher's row."""
-    sizes = store.manifest.part("objects") or {}
-    wanted = {
-        path for name in TEACHER_COLUMNS if name in store.columns for path, _ in store.columns[name].arrays().values()
-    }
-    found = sum(one["bytes"] for path, one in sizes.items() if any(path.startswith(f"{name}/") for name in wanted))
-    return float(found / store.num_positions)
+    sizes = store.bytes_per_column()
+    return sum(sizes[name] for name in TEACHER_COLUMNS if name in sizes) / store.num_positions
 
 
 def peer_bytes(pieces: list[list[Array]], vocab_size: int, positions: int) -> float:
@@ -217,13 +213,13 @@ def peer_bytes(pieces: list[list[Array]], vocab_size: int, positions: int) -> fl
 
 
 def stores_of(folder: Path, teacher: Teacher, data: Path) -> dict[str, Store]:
-    """Capture one store a preset."""
+    """Capture one store a preset; a sample a batch, so that the rows to judge by are computed in the same way."""
     found = {}
     for name, more in CAPTURES.items():
         tree = {
             "source": {"path": str(data / "train.jsonl"), "id_field": "id"},
             "samples": {"max_length": 256},
-            "teacher": {"model": "given", "dtype": "bfloat16"},
+            "teacher": {"model": "given", "dtype": "bfloat16", "batch_positions": 1},
             **more,
         }
         out = folder / name.replace(" ", "-")
@@ -244,7 +240,7 @@ def scores(
     count = 0
     for number in range(0, len(any_store), 3):
         sample = any_store[number]
-        output = teacher.forward([np.asarray(sample.input_ids)])
+        output = teacher.forward([np.asarray(sample.input_ids)[:-1]])
         for start in range(0, len(output.rows), 32):
             rows = output.rows[start : start + 32]
             z = (rows if output.head is None else output.head.logits(rows)).double().numpy()

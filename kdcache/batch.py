@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcache.targets.tensor import OutputHead, TensorTargets
+from kdcache.unpack import PackedTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Batch:
         offsets: int64 [S+1], sample i has positions offsets[i] to offsets[i+1].
         sample_index: int64 [S], number of each sample in the store.
         targets: The teacher's rows, or None where they were not asked for.
+        packed: The same as they lie in the store, in place of `targets`: `to` unpacks them on the device.
         hidden: Layer name to the teacher's features [N, D].
         output_head: The teacher's output layer, for the tail policy `exact`.
     """
@@ -48,6 +50,7 @@ class Batch:
     offsets: Tensor
     sample_index: Tensor
     targets: TensorTargets | None = None
+    packed: PackedTargets | None = None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     output_head: OutputHead | None = None
 
@@ -62,14 +65,18 @@ class Batch:
         return len(self.sample_index)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch on a device."""
+        """Return the batch on a device, its targets unpacked there."""
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=non_blocking)
+        if self.packed is not None:
+            targets = self.packed.each(lambda part: part.to(device, non_blocking=non_blocking)).unpacked()
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             mask=self.mask.to(device, non_blocking=non_blocking),
             offsets=self.offsets.to(device, non_blocking=non_blocking),
-            targets=None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
+            targets=targets,
+            packed=None,
             hidden={name: one.to(device, non_blocking=non_blocking) for name, one in self.hidden.items()},
             output_head=None if self.output_head is None else self.output_head.to(device),
         )
@@ -82,6 +89,7 @@ class Batch:
             labels=self.labels.pin_memory(),
             mask=self.mask.pin_memory(),
             targets=None if self.targets is None else self.targets.pin_memory(),
+            packed=None if self.packed is None else self.packed.each(torch.Tensor.pin_memory),
             hidden={name: one.pin_memory() for name, one in self.hidden.items()},
         )
 

@@ -1,6 +1,7 @@
 """The order is a pure function, and resuming at any step gives the same future."""
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, CorruptObjectError, KdcacheError, MismatchError
-from kdcache.store import Kept, Store
+from kdcache.store import Kept, Store, open_store
+from kdcache.store.manifest import seal
 from kdcache.stream import Loader, StreamConfig, StreamDataset, sample_order
 from kdcache.stream.decoders import FORKS
 from tests import tiny
@@ -268,6 +270,42 @@ def test_batches_of_every_preset_hold_what_the_store_holds_though_memory_is_used
             assert np.array_equal(batch.targets.logits[start:stop], sample.targets.logits)
             assert np.array_equal(batch.targets.tail[start:stop], sample.targets.tail)
             assert np.array_equal(batch.input_ids[start:stop], sample.input_ids[:-1])
+
+
+@pytest.mark.parametrize("preset", ["compact", "raw", "exact", "plain"])
+def test_packed_targets_are_the_same_once_they_are_where_they_go(preset: str, tmp_path: Path) -> None:
+    kept = {
+        "compact": Kept("levels", {"steps_per_nat": 64}, ranked=True, differences=2),
+        "raw": Kept("float32", compressed=False),
+        "exact": Kept("bits", {"kind": "float32"}, ranked=True),
+        "plain": Kept(),
+    }[preset]
+    store = tiny.write_store(tmp_path, rows=[(9, 7, 3), (11, 2), (5, 5, 5)], vocabulary=300, kept=kept)
+    plain = Loader(store, StreamConfig(batch_size=2))
+    packed = Loader(store, StreamConfig(batch_size=2, packed=True))
+    for ours, theirs in zip(packed, plain, strict=True):
+        assert ours.targets is None
+        moved = ours.to("cpu")
+        assert moved.packed is None
+        assert moved.targets is not None
+        assert theirs.targets is not None
+        for name in ("ids", "logits", "tail", "label_logit"):
+            assert torch.equal(getattr(moved.targets, name), getattr(theirs.targets, name)), name
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("vocabulary", [50, 300])
+def test_a_head_id_beyond_the_vocabulary_is_refused(vocabulary: int, packed: bool, tmp_path: Path) -> None:
+    tiny.write_store(tmp_path, rows=[(3, 2)], vocabulary=vocabulary, kept=Kept())
+    sample = list(open_store(tmp_path))
+    highest = max(int(one.targets.ids.max()) for one in sample)
+    assert max(int(one.input_ids.max()) for one in sample) < highest
+    document = json.loads((tmp_path / "manifest.json").read_bytes())
+    document["vocab_size"] = highest  # so the highest id is one too many, and no label is
+    (tmp_path / "manifest.json").write_text(json.dumps(seal(document)))
+    with pytest.raises(CorruptObjectError, match="head_ids has an id beyond the vocabulary"):
+        list(Loader(tmp_path, StreamConfig(packed=packed)))
 
 
 def test_two_iterators_at_once_do_not_share_memory(store: Store) -> None:

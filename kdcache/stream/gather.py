@@ -6,6 +6,7 @@ Legend: `N` positions of a batch, `S` samples of the store.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,21 @@ from kdcache.store.schema import COUNTS, RANKED
 from kdcache.stream.config import StreamConfig
 from kdcache.stream.decoders import Decoders
 from kdcache.targets.tensor import TensorTargets
-from kdcache.unpack import unpack
+from kdcache.unpack import PackedColumn, PackedTargets, RankTable, unpack
 
 INPUTS = ("input_ids", "labels", "loss_mask")
 TARGETS = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
 DRAWS = ("draw_ids", "draw_logits")
+
+FIELDS = {
+    "head_ids": "ids",
+    "head_logits": "logits",
+    "tail_log_partition": "tail",
+    "label_logit": "label_logit",
+    "draw_ids": "draw_ids",
+    "draw_logits": "draw_logits",
+}
+"""Field of the targets that a column becomes."""
 
 GATHERED_POSITIONS = 4096
 """Positions gathered and unpacked at a time: enough to make a call's cost small, few enough to stay in the cache."""
@@ -72,6 +83,7 @@ class ShardReader:
         self._asked = 0
         ranked = any(store.columns[name].codec == RANKED for name in self._columns)
         self._ids_by_rank = torch.from_numpy(store.ids_by_rank) if ranked else torch.zeros(0, dtype=torch.int32)
+        self._table = RankTable(self._ids_by_rank)
         # room for three pools is enough for nearly every order, and costs nothing until it is used
         needed = max(_most_at_once(self._shards, bounds) + config.pool_shards, 3 * config.pool_shards)
         decoders.make_room(min(len(store.shards), needed), max((shard.rows for shard in store.shards), default=0))
@@ -133,36 +145,66 @@ class ShardReader:
         """Yield batches first to last as views of what is unpacked for all of them together."""
         ends = np.cumsum(lengths)
         rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
-        columns = {name: self._column(name, rows) for name in self._columns}
+        packs = self._config.packed and self._config.targets
+        columns = {name: self._column(name, rows) for name in self._columns if not packs or name not in FIELDS}
+        packed = {name: self._packed(name, rows) for name in self._columns if packs and name in FIELDS}
         offsets = np.concatenate([[0], ends])
         origin = self._bounds[first]
         for number in range(first, last):
             begin, end = self._bounds[number], self._bounds[number + 1]
             inside = offsets[begin - origin : end - origin + 1]
-            here = {name: values[int(inside[0]) : int(inside[-1])] for name, values in columns.items()}
+            span = slice(int(inside[0]), int(inside[-1]))
+            here = {name: values[span] for name, values in columns.items()}
             yield Batch(
                 input_ids=here["input_ids"].long(),
                 labels=here["labels"].long(),
                 mask=here["loss_mask"] == COUNTS,
                 offsets=torch.from_numpy(inside - inside[0]),
                 sample_index=torch.from_numpy(self._samples[begin:end].astype(np.int64)),
-                targets=_targets(here, self._store.vocab_size) if self._config.targets else None,
+                targets=_targets(here, self._store.vocab_size) if self._config.targets and not packs else None,
+                packed=self._packed_targets(packed, span) if packs else None,
                 hidden={name: here[f"hidden.{name}"] for name in self._config.hidden},
             )
 
     def _column(self, name: str, rows: NDArray[np.int64]) -> torch.Tensor:
         column = self._store.columns[name]
-        parts = {part: values.take(rows, axis=0) for part, values in self._memory.arrays[name].items()}
+        parts = self._parts(name, rows)
         values = unpack(column.build(), parts) if is_packed(column) else torch.from_numpy(parts[""])
         if column.codec == RANKED:
             values = self._ids_by_rank.index_select(0, values.view(-1)).view(values.shape)
-        if column.unit == "id" and values.numel() and int(values.max()) >= self._store.vocab_size:
+        if column.unit == "id":
+            self._require_ids(name, int(values.max()) if values.numel() else 0)
+        return values
+
+    def _packed(self, name: str, rows: NDArray[np.int64]) -> PackedColumn:
+        column = self._store.columns[name]
+        codec, parts = column.build(), self._parts(name, rows)
+        if not is_packed(column):
+            return PackedColumn(None, {"": torch.from_numpy(parts[""])}, None)
+        if column.unit == "id" and len(rows):
+            # the highest byte alone says of nearly every row that its ids are small enough
+            *_, top = parts.values()
+            limit = (self._store.vocab_size - 1) >> 8 * (len(parts) - 1)
+            if int(top.max()) >= limit:
+                doubtful = (top >= limit).reshape(len(rows), -1).any(1)
+                highest = codec.decode({part: values[doubtful] for part, values in parts.items()}).max(initial=0)
+                self._require_ids(name, int(highest))
+        return PackedColumn.of(codec, parts, self._table)
+
+    def _packed_targets(self, columns: dict[str, PackedColumn], rows: slice) -> PackedTargets:
+        fields = {FIELDS[name]: column.each(lambda part: part[rows]) for name, column in columns.items()}
+        return PackedTargets(fields, self._store.vocab_size)
+
+    def _parts(self, name: str, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return {part: values.take(rows, axis=0) for part, values in self._memory.arrays[name].items()}
+
+    def _require_ids(self, name: str, highest: int) -> None:
+        if highest >= self._store.vocab_size:
             raise CorruptObjectError(
                 f"The column {name} has an id beyond the vocabulary of {self._store.vocab_size}.",
                 where=str(self._store.path),
                 hint="Do not use this store; it was not written by kdcache.",
             )
-        return values
 
 
 def _most_at_once(shards: NDArray[np.int64], bounds: Sequence[int]) -> int:
@@ -177,13 +219,6 @@ def _most_at_once(shards: NDArray[np.int64], bounds: Sequence[int]) -> int:
 
 
 def _targets(columns: dict[str, torch.Tensor], vocab_size: int) -> TensorTargets:
-    return TensorTargets(
-        # twice the bytes would cost more than reading them did: what indexes with ids widens them
-        ids=columns["head_ids"],
-        logits=columns["head_logits"],
-        tail=columns["tail_log_partition"],
-        label_logit=columns["label_logit"],
-        vocab_size=vocab_size,
-        draw_ids=columns.get("draw_ids"),
-        draw_logits=columns.get("draw_logits"),
-    )
+    # ids stay int32: twice the bytes would cost more than reading them did, and what indexes with them widens them
+    values = {field: columns[name] for name, field in FIELDS.items() if name in columns}
+    return TensorTargets(**values, vocab_size=vocab_size)

@@ -323,6 +323,7 @@ class Run:
             shuffle=data.shuffle,
             pool_shards=data.pool_shards,
             targets=wanted.targets and not live,
+            packed=self._accelerator.device.type != "cpu",
             draws=wanted.draws and not live,
             hidden=() if live else wanted.hidden,
             workers=data.workers,
