@@ -240,6 +240,22 @@ def test_leaving_an_epoch_early_stops_the_reading_thread(store: Store) -> None:
     assert not [one for one in threading.enumerate() if one.name == "kdcache-prefetch"]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_cleanly(tmp_path: Path, workers: int) -> None:
+    tiny.write_store(tmp_path, rows=[(20, 20, 20)] * 40, vocabulary=300)
+    code = (
+        "import atexit, threading\n"
+        "from kdcache.stream import Loader, StreamConfig\n"
+        "def last():\n"
+        "    assert 'kdcache-prefetch' not in [one.name for one in threading.enumerate()]\n"
+        "atexit.register(last)  # runs after what is registered later\n"
+        f"held = iter(Loader({str(tmp_path)!r}, StreamConfig(batch_size=1, workers={workers})))\n"
+        "next(held)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_padded_view_is_the_same_batch(store: Store) -> None:
     batch = next(iter(Loader(store, StreamConfig(batch_size=4))))
     padded = batch.padded(pad_id=49)

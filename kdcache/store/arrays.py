@@ -1,21 +1,22 @@
 """The writing side of Zarr: one shard's rows to the bytes of its objects, and the metadata that describes them.
 
-All compression, sharding and checksums are zarr-python's. What is ours: a shard is encoded in memory, so that it
-can be written atomically and digested. `chunks.py` is the reading side.
+All compression, sharding and checksums are zarr-python's, which is imported when something is written: readers do
+without. What is ours: a shard is encoded in memory, so that it can be written atomically and digested. `chunks.py` and
+`layout.py` are the reading side.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
 from kdcache.codecs import Compressor, Part
 from kdcache.store.schema import RANKED, Column
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.core.buffer import Buffer
 
 Array = NDArray[Any]
 
@@ -91,12 +92,19 @@ def array_metadata(part: Part, shards: int, *, shard_rows: int, chunk_rows: int)
 
 def group_metadata() -> bytes:
     """Return the `zarr.json` of a group."""
+    import zarr
+    from zarr.storage import MemoryStore
+
     held: dict[str, Buffer] = {}
     zarr.create_group(store=MemoryStore(held))
     return held["zarr.json"].to_bytes()
 
 
-def _create(held: dict[str, Buffer], part: Part, rows: int, shard: int, chunk: int) -> "zarr.Array[Any]":
+def _create(held: "dict[str, Buffer]", part: Part, rows: int, shard: int, chunk: int) -> "zarr.Array[Any]":
+    import zarr
+    from zarr.codecs import Crc32cCodec
+    from zarr.storage import MemoryStore
+
     return zarr.create_array(
         store=MemoryStore(held),
         shape=(rows, *part.shape),
@@ -112,6 +120,8 @@ def _create(held: dict[str, Buffer], part: Part, rows: int, shard: int, chunk: i
 
 
 def _compressor(name: Compressor, itemsize: int) -> tuple[Any, ...]:
+    from zarr.codecs import BloscCodec, ZstdCodec
+
     if name == "none":
         return ()
     if name == "zstd":

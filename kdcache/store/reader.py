@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import Part, codec
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
-from kdcache.store.arrays import array_metadata
 from kdcache.store.chunks import ShardSizes, decode_rows
+from kdcache.store.layout import layout_of, require_layout
 from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
 from kdcache.store.objects import Objects
 from kdcache.store.ranking import read_ranking
@@ -298,10 +298,8 @@ class Store(Sequence[Sample]):
         if path in self._checked:
             return
         rows, chunk = self.manifest.shard_rows, self.manifest.chunk_rows
-        expected = array_metadata(layout, len(self.shards), shard_rows=rows, chunk_rows=chunk)
-        found = self._objects.content(f"{path}/zarr.json")
-        if found != expected:
-            _require_same_layout(found, expected, path)
+        expected = layout_of(layout, len(self.shards), shard_rows=rows, chunk_rows=chunk)
+        require_layout(self._objects.content(f"{path}/zarr.json"), expected, f"{path}/zarr.json")
         self._checked.add(path)
 
     def _read_table(self, index: int) -> pa.Table:
@@ -346,13 +344,3 @@ def _object_name(path: str, layout: Part, shard: int) -> str:
 
 def _reopen(path: Path, digest: str) -> Store:
     return open_store(path, digest=digest)
-
-
-def _require_same_layout(found: bytes, expected: bytes, path: str) -> None:
-    """Allow another zarr version's wording of the same layout, nothing else."""
-    import json
-
-    keys = ("shape", "data_type", "chunk_grid", "fill_value", "zarr_format", "node_type", "codecs")
-    ours, theirs = json.loads(expected), json.loads(found)
-    if any(ours.get(key) != theirs.get(key) for key in keys):
-        raise CorruptObjectError("An array is not laid out as the manifest says.", where=f"{path}/zarr.json")

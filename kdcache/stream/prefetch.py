@@ -1,8 +1,9 @@
 """A thread that works ahead and stops when its consumer does."""
 
+import atexit
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -33,8 +34,19 @@ def prefetched(source: Iterator[T]) -> Iterator[T]:
             put(end)
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
+        finally:
+            if isinstance(source, Generator):
+                source.close()  # here and now, not when the interpreter takes its modules apart
 
     thread = threading.Thread(target=produce, name="kdcache-prefetch", daemon=True)
+
+    def halt() -> None:
+        stop.set()
+        thread.join()
+
+    # a thread that is inside native code while the interpreter goes away aborts the process
+    atexit.register(halt)
+    unregister = atexit.unregister  # which a generator that is left behind outlives
     thread.start()
     try:
         while (item := ready.get()) is not end:
@@ -42,5 +54,5 @@ def prefetched(source: Iterator[T]) -> Iterator[T]:
                 raise item
             yield item
     finally:
-        stop.set()
-        thread.join()
+        halt()
+        unregister(halt)
