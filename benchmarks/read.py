@@ -27,6 +27,8 @@ from read_data import records_of, report, write_presets
 from read_peers import BATCH, PEERS, Blocks, Records, collate, pack
 
 PRESETS = ("compact", "lossless", "raw")
+PACKED = ", packed"
+"""Side that leaves the targets to be unpacked by the device that they go to."""
 
 
 def opened(side: str, folder: Path, workers: int) -> Iterable[Any]:
@@ -36,7 +38,8 @@ def opened(side: str, folder: Path, workers: int) -> Iterable[Any]:
     if side.startswith("kdcache"):
         from kdcache.stream import Loader, StreamConfig
 
-        return Loader(folder, StreamConfig(batch_size=BATCH, workers=workers))
+        home = folder.with_name(folder.name.removesuffix(PACKED))
+        return Loader(home, StreamConfig(batch_size=BATCH, workers=workers, packed=side.endswith(PACKED)))
     _, open_, blocks = PEERS[side]
     if blocks:
         return DataLoader(Blocks(open_, folder), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
@@ -60,9 +63,12 @@ def measure(side: str, folder: Path, workers: int) -> dict[str, float]:
             first = time.perf_counter() - began
     positions, began, total = 0, time.perf_counter(), 0.0
     for batch in epochs:
-        ids = batch["ids"] if isinstance(batch, dict) else batch.targets.ids
-        positions += len(ids)
-        total += float(ids[0, 0])  # touched, so that nothing lazy is left
+        labels = batch["labels"] if isinstance(batch, dict) else batch.labels
+        positions += len(labels)
+        if isinstance(batch, dict):
+            total += float(batch["ids"][0, 0])  # touched, so that nothing lazy is left
+        elif batch.targets is not None:
+            total += float(batch.targets.ids[0, 0])
     return {
         "positions_per_second": positions / (time.perf_counter() - began),
         "first_batch_seconds": first,
@@ -89,6 +95,7 @@ def prepare(folder: Path, source: Path | None, articles: int, repeat: int) -> tu
             missing.append(f"{name} ({type(error).__name__}: {str(error).splitlines()[0]})")
             continue
         sizes[name] = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) / positions
+    sizes[f"kdcache {PRESETS[0]}{PACKED}"] = sizes[f"kdcache {PRESETS[0]}"]
     return positions, sizes, missing
 
 
@@ -112,6 +119,7 @@ def main() -> None:
         positions, sizes, missing = prepare(folder, arguments.store, arguments.articles, arguments.repeat)
         sides = [
             *(f"kdcache {one}" for one in PRESETS),
+            f"kdcache {PRESETS[0]}{PACKED}",
             *(one for one in PEERS if not any(m.startswith(one + " (") for m in missing)),
         ]
         found: dict[tuple[str, int], list[dict[str, float]]] = {}

@@ -141,7 +141,7 @@ def report(
     lines = [
         heading("Reading shuffled flat batches"),
         f"Real heads of SmolLM2-135M (k = 64, V = 49,152), {positions:,} positions in samples of about 100; batches of 16 samples. Positions/s in millions: median (lowest to "
-        "highest) of processes taken in turns; page cache warm. kdcache reads with two threads of its own process at 0 workers, with processes that share memory otherwise; the others are torch DataLoaders, whose workers stay between epochs. First batch and peak memory "
+        "highest) of processes taken in turns; page cache warm. kdcache reads with two threads of its own process at 0 workers, with processes that share memory otherwise; the others are torch DataLoaders, whose workers stay between epochs. `packed` leaves ids and logits as they lie in the store, for the device to unpack. First batch (with the side's imports) and peak memory "
         f"at {workers[0]} workers, peak of the reading process. `python benchmarks/read.py` repeats it.\n",
         "| side | bytes a position | "
         + " | ".join(f"{count} workers" for count in workers)
