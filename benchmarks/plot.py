@@ -12,6 +12,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 SHOWN = ("1", "2")
+TICKS = (30, 50, 100, 200, 500)
+MARKERS = {
+    "kdcache compact, k = 64, 8 draws": "D",
+    "50 pure draws": "x",
+    "renormalised top-64": "v",
+    "ghost bucket, top-64": "s",
+    "polynomial, top-64": "^",
+}
 
 
 def main() -> None:
@@ -28,22 +36,23 @@ def main() -> None:
         for panel, temperature in zip(line, SHOWN, strict=True):
             curve = []
             for name, scheme in found["schemes"].items():
-                error = scheme[temperature][1]
                 if name.startswith("kdcache compact") and "draws" not in name:
-                    curve.append((scheme["bytes"], error, name.rsplit(" ", 1)[1]))
-                    continue
-                ours = name.startswith("kdcache")
-                panel.plot(scheme["bytes"], error, "o" if ours else "s", color="C0" if ours else "C3", fillstyle="none")
-                panel.annotate(name, (scheme["bytes"], error), xytext=(5, 4), textcoords="offset points", fontsize=7)
+                    curve.append((scheme["bytes"], scheme[temperature][1], name.rsplit(" ", 1)[1]))
             curve.sort()
-            panel.plot([one[0] for one in curve], [one[1] for one in curve], "o-", color="C0")
+            xs, ys = [one[0] for one in curve], [one[1] for one in curve]
+            panel.plot(xs, ys, "o-", color="C0", label="kdcache compact")
             for x, y, k in curve:
-                panel.annotate(f"k = {k}", (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7, color="C0")
-            panel.set(
-                title=f"{found['teacher']}, T = {temperature}", xlabel="bytes a position", yscale="log", xscale="log"
-            )
+                panel.annotate(f"k = {k}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color="C0")
+            for name, marker in MARKERS.items():
+                scheme = found["schemes"][name]
+                panel.plot(scheme["bytes"], scheme[temperature][1], marker, ms=8, fillstyle="none", mew=1.5, label=name)
+            panel.set(title=f"{found['teacher']}, T = {temperature}", xlabel="bytes a position")
+            panel.set(xscale="log", yscale="log")
+            panel.set_xticks(TICKS, [str(one) for one in TICKS])
+            panel.minorticks_off()
             panel.set_ylabel("error of the gradient")
-            panel.grid(alpha=0.3, which="both")
+            panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
     figure.savefig(arguments.out, metadata={"Date": None})
 
 
