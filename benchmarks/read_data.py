@@ -141,12 +141,12 @@ def report(
     lines = [
         heading("Reading shuffled flat batches"),
         f"Real heads of SmolLM2-135M (k = 64, V = 49,152), {positions:,} positions in samples of about 100; batches of 16 samples. Positions/s in millions: median (lowest to "
-        "highest) of processes taken in turns; page cache warm. kdcache reads with two threads of its own process at 0 workers, with processes that share memory otherwise; the others are torch DataLoaders, whose workers stay between epochs. `packed` leaves ids and logits as they lie in the store, for the device to unpack. First batch (with the side's imports) and peak memory "
+        "highest) of processes taken in turns; the second epoch from the page cache, `cold` the first from disk with opening, verification and start in it. kdcache reads with two threads of its own process at 0 workers, with processes that share memory otherwise; the others are torch DataLoaders, whose workers stay between epochs. `packed` leaves ids and logits as they lie in the store, for the device to unpack. First batch (cold, with the side's imports) and peak memory "
         f"at {workers[0]} workers, peak of the reading process. `python benchmarks/read.py` repeats it.\n",
         "| side | bytes a position | "
         + " | ".join(f"{count} workers" for count in workers)
-        + " | first batch, ms | memory, MB |",
-        "|---|---|" + "---|" * len(workers) + "---|---|",
+        + f" | cold, {workers[0]} workers | first batch, ms | memory, MB |",
+        "|---|---|" + "---|" * len(workers) + "---|---|---|",
     ]
     for side in sides:
         cells = []
@@ -156,9 +156,10 @@ def report(
                 f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})" if values else "failed"
             )
         runs = found.get((side, workers[0]), [])
+        cold = statistics.median(one["cold_positions_per_second"] for one in runs) / 1e6 if runs else float("nan")
         first = statistics.median(one["first_batch_seconds"] for one in runs) * 1e3 if runs else float("nan")
         memory = statistics.median(one["peak_memory_bytes"] for one in runs) / 1e6 if runs else float("nan")
         size = f"{sizes[side]:.0f}" if side in sizes else ""
-        lines.append(f"| {side} | {size} | " + " | ".join(cells) + f" | {first:.0f} | {memory:.0f} |")
+        lines.append(f"| {side} | {size} | " + " | ".join(cells) + f" | {cold:.2f} | {first:.0f} | {memory:.0f} |")
     lines += ["", *(f"- Left out: {one}." for one in dict.fromkeys(missing))]
     return "\n".join(lines) + "\n"
