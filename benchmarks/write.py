@@ -71,7 +71,7 @@ def main() -> None:
         lines.append(
             f"| {name} | {statistics.median(speeds):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f}) | {sizes[side]:.0f} |"
         )
-    lines += [f"\n- Left out: {side} ({why})." for side, why in missing.items()]
+    lines += ["", *(f"- Left out: {side} ({why})." for side, why in missing.items())]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
