@@ -92,12 +92,16 @@ def measure(side: str, folder: Path, workers: int) -> dict[str, float]:
     }
 
 
-def prepare(folder: Path, source: Path | None, articles: int, repeat: int) -> tuple[int, dict[str, float], list[str]]:
+def prepare(
+    folder: Path, source: Path | None, articles: int, repeat: int, wanted: set[str]
+) -> tuple[int, dict[str, float], list[str]]:
     """Capture, write every side; return positions, bytes a position by side, and peers that are missing."""
     sizes = write_presets(folder, source, articles, repeat, PRESETS)
     missing = []
     records, positions = records_of(folder / "kdcache raw", pack)
     for name, (write, _, _) in PEERS.items():
+        if name not in wanted:
+            continue
         where = folder / name
         if write is None:
             shutil.copytree(folder / "kdcache raw", where)
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--sides", help="only these, separated by semicolons")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "FOLDER", "WORKERS"))
     day = datetime.now(UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{day}-read.md"))
@@ -130,12 +135,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        positions, sizes, missing = prepare(folder, arguments.store, arguments.articles, arguments.repeat)
+        wanted = set(arguments.sides.split(";")) if arguments.sides else set(PEERS)
+        positions, sizes, missing = prepare(folder, arguments.store, arguments.articles, arguments.repeat, wanted)
         sides = [
             *(f"kdcache {one}" for one in PRESETS),
             f"kdcache {PRESETS[0]}{PACKED}",
             *(one for one in PEERS if not any(m.startswith(one + " (") for m in missing)),
         ]
+        if arguments.sides:
+            sides = [one for one in sides if one in arguments.sides.split(";")]
         found: dict[tuple[str, int], list[dict[str, float]]] = {}
         for turn in range(arguments.rounds):
             for workers in (int(one) for one in arguments.workers.split(",")):

@@ -15,6 +15,9 @@ from kdcache.codecs import Array, Part, Parts
 MASKED = 65535
 LARGEST = 65534
 
+ROWS = 2048
+"""Rows encoded at a time: what float64 takes stays in a cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Levels:
@@ -43,7 +46,18 @@ class Levels:
         }
 
     def encode(self, values: Array) -> Parts:
-        logits = values.astype(np.float64)
+        layout = self.parts(values.shape[1:])
+        parts = {name: np.empty((len(values), *part.shape), dtype=part.dtype) for name, part in layout.items()}
+        for start in range(0, len(values), ROWS):
+            rows = slice(start, start + ROWS)
+            codes, parts["max"][rows] = self._codes(values[rows].astype(np.float64))
+            gaps = np.diff(codes, axis=1, prepend=np.uint16(0))
+            parts[""][rows] = gaps & 255
+            parts["high"][rows] = gaps >> 8
+        return parts
+
+    def _codes(self, logits: Array) -> tuple[Array, Array]:
+        """Return the steps below a row's largest, and that."""
         if np.isnan(logits).any() or np.isposinf(logits).any():
             raise ValueError("the codec 'levels' cannot keep NaN or plus infinity")
         top = logits.max(axis=1)
@@ -53,11 +67,9 @@ class Levels:
         below = (top.astype(np.float64)[:, None] - logits) * self.steps_per_nat
         masked = np.isinf(below)
         steps = np.rint(np.where(masked, 0.0, below)).clip(0)
-        if steps.size and steps.max() > LARGEST:
+        if steps.max() > LARGEST:
             raise ValueError(f"a row spans more than {LARGEST / self.steps_per_nat:,.0f} nats")
-        codes = np.where(masked, MASKED, steps).astype(np.uint16)
-        gaps = np.diff(codes, axis=1, prepend=np.uint16(0)).astype(np.uint16)
-        return {"": (gaps & 255).astype(np.uint8), "high": (gaps >> 8).astype(np.uint8), "max": top}
+        return np.where(masked, MASKED, steps).astype(np.uint16), top
 
     def decode(self, parts: Parts) -> Array:
         gaps: Array = parts[""]
