@@ -16,13 +16,15 @@ from typing import Any
 def stop_signals() -> Iterator[threading.Event]:
     """Give an event that SIGTERM or the first Ctrl-C sets; a second one acts as usual.
 
-    Outside the main thread, where Python delivers no signals, the event is never set.
+    A signal that the program was started to ignore (`nohup`, a shell's background job) stays ignored. Outside the main
+    thread, where Python delivers no signals, the event is never set.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def stop(number: int, _frame: Any) -> None:
         stopped.set()
