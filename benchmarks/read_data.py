@@ -100,8 +100,7 @@ def write_store(where: Path, samples: list[dict[str, np.ndarray]], kept: Kept, c
         ids = [f"{shard.first_sample + number}" for number in range(len(here))]
         writer.write_shard(index, columns, SampleTable(ids, np.asarray([len(one["labels"]) for one in here])))
     writer.finish()
-    store = open_store(where)
-    return sum(store.bytes_per_column()[name] for name in (*store.columns, "samples")) / store.num_positions
+    return open_store(where).bytes_per_position
 
 
 def records_of(store_folder: Path, pack: Callable[[dict[str, np.ndarray]], bytes]) -> tuple[list[bytes], int]:

@@ -12,8 +12,7 @@ from kdcache.tokenizer import decoder
 def summary(path: Path | str) -> dict[str, Any]:
     """Return what a store holds; of an unfinished one, how far it is.
 
-    `bytes_per_position` counts what grows with the positions: columns and sample table, not the tokenizer or
-    the output layer.
+    `bytes_per_position` is that of the store: columns and sample table, not the tokenizer or the output layer.
 
     Raises:
         IncompleteStoreError: The folder holds neither a store nor the beginning of one.
@@ -38,7 +37,6 @@ def summary(path: Path | str) -> dict[str, Any]:
             "next": error.hint,
         }
     counts = store.bytes_per_column()
-    growing = [*store.columns, "samples"]
     return {
         "path": Path(path).name,
         "format_version": store.manifest.document["format_version"],
@@ -50,7 +48,7 @@ def summary(path: Path | str) -> dict[str, Any]:
         "vocab_size": store.vocab_size,
         "shards": len(store.shards),
         "bytes": store.nbytes,
-        "bytes_per_position": sum(counts[name] for name in growing) / store.num_positions,
+        "bytes_per_position": store.bytes_per_position,
         "columns": [
             {
                 "name": name,

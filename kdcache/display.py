@@ -95,7 +95,7 @@ def capture_result(result: Result) -> None:
         _out.print("The store is complete already; nothing to do.")
     _out.print(
         f"{result['samples']:,} samples, {result['positions']:,} positions, {size(result['bytes'])} "
-        f"({result['bytes'] / max(1, result['positions']):.1f} bytes a position, k = {result['k']})"
+        f"({result['bytes_per_position']:.1f} bytes a position, k = {result['k']})"
     )
     if result.get("skipped"):
         _out.print(f"skipped: {text(brief(result['skipped']))}")

@@ -75,6 +75,7 @@ class CaptureResult:
         samples: In the store.
         positions: In the store.
         bytes: Of all objects.
+        bytes_per_position: Of columns and sample table.
         k: Logits kept a position.
         already_complete: Nothing had to be done.
         seconds: Of this run's capture, samples and model loading not counted.
@@ -89,6 +90,7 @@ class CaptureResult:
     samples: int
     positions: int
     bytes: int
+    bytes_per_position: float
     k: int
     already_complete: bool = False
     seconds: float = 0.0
@@ -341,6 +343,7 @@ def _result(
         samples=len(store),
         positions=store.num_positions,
         bytes=store.nbytes,
+        bytes_per_position=round(store.bytes_per_position, 3),
         k=store.k,
         already_complete=already_complete,
         seconds=round(seconds, 3),

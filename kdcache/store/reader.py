@@ -104,6 +104,12 @@ class Store(Sequence[Sample]):
         """Bytes of all objects, the manifest itself not counted."""
         return sum(one.bytes for one in self.manifest.objects.values())
 
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes of what grows with the positions: columns and sample table, not the tokenizer or the output layer."""
+        counts = self.bytes_per_column()
+        return sum(counts[name] for name in (*self._columns, "samples")) / self.num_positions
+
     def bytes_per_column(self) -> dict[str, int]:
         """Return the bytes of each column, of the sample table, and of everything else."""
         counts: dict[str, int] = dict.fromkeys(self._columns, 0)

@@ -51,6 +51,8 @@ def test_every_row_is_the_live_teachers_prediction_of_the_next_token(tmp_path: P
     store = open_store(tmp_path / "s")
     assert len(store.shards) > 2
     assert (result.samples, result.positions, result.digest) == (len(store), store.num_positions, store.digest)
+    assert result.bytes_per_position == pytest.approx(store.bytes_per_position, abs=1e-3)
+    assert store.bytes_per_position * store.num_positions < result.bytes  # the tokenizer is not counted
     for sample, logits in zip(store, dense(tree, store), strict=True):
         assert len(logits) == len(sample.input_ids) - 1 == len(sample.targets)
         rows = torch.arange(len(logits))[:, None]
