@@ -26,7 +26,7 @@ POSITIONS = 2048
 MOST = 512
 """Entries that a budget buys at most."""
 
-MARGIN = 0.98
+MARGIN = 0.97
 """Share of a budget that is spent: the ranking fits the positions it was made of a little too well."""
 
 SAMPLE_BYTES = 48
