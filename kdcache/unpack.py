@@ -2,8 +2,9 @@
 
 Legend: `N` positions, `K` entries a position.
 
-A stream keeps shards as their parts lie in the store, a third of the bytes, and unpacks what a few batches need: on the
-CPU (`unpack`), or on the device that the batch goes to, after its packed bytes have travelled there (`PackedTargets`).
+A stream keeps shards as their parts lie in the store, two fifths of the bytes, and unpacks what a few batches need: on
+the CPU (`unpack`), or on the device that the batch goes to, after its packed bytes have travelled there
+(`PackedTargets`).
 """
 
 from collections.abc import Callable, Mapping

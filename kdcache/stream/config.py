@@ -12,8 +12,8 @@ class StreamConfig(Section):
         shuffle: Permute shards, and samples within pools of shards; else the store's own order.
         pool_shards: Shards whose samples are mixed; a process holds these and as many of the next decoded.
         targets: Read the teacher's rows.
-        packed: Leave the targets as they lie in the store; `Batch.to` unpacks them on the device, a third of the bytes
-            having travelled there.
+        packed: Leave the targets as they lie in the store; `Batch.to` unpacks them on the device, two fifths of the
+            bytes having travelled there.
         draws: Read the tail draws too.
         hidden: Layers whose features are read.
         workers: Processes that decompress shards, into memory they share with this one (threads where the system is not
