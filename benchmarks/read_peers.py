@@ -38,12 +38,12 @@ def collate(records: Sequence[Any]) -> dict[str, torch.Tensor]:
             place += found.nbytes
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     return {
-        "ids": torch.from_numpy(joined["ids"].astype(np.int32)),
-        "logits": torch.from_numpy(joined["logits"].astype(np.float32)),
-        "tail": torch.from_numpy(joined["tail"].astype(np.float32)).mul_(1 / 1024),
+        "ids": torch.from_numpy(joined["ids"]).to(torch.int32),
+        "logits": torch.from_numpy(joined["logits"]).to(torch.float32),  # numpy takes three times as long
+        "tail": torch.from_numpy(joined["tail"]).to(torch.float32).mul_(1 / 1024),
         "label_logit": torch.from_numpy(joined["label_logit"]),
-        "inputs": torch.from_numpy(joined["inputs"].astype(np.int64)),
-        "labels": torch.from_numpy(joined["labels"].astype(np.int64)),
+        "inputs": torch.from_numpy(joined["inputs"]).to(torch.int64),
+        "labels": torch.from_numpy(joined["labels"]).to(torch.int64),
     }
 
 

@@ -35,6 +35,8 @@ def unpack(codec: Codec, parts: Mapping[str, Array]) -> Tensor:
         return _levels(parts, codec.steps_per_nat)
     if isinstance(codec, LogPartition):
         return _log_partition(torch.from_numpy(parts[""]), codec.differences)
+    if isinstance(codec, Float16 | Integer):
+        return torch.from_numpy(parts[""]).to(getattr(torch, codec.dtype))
     values = codec.decode(parts)  # type: ignore[arg-type]
     return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
 

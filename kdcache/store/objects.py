@@ -105,18 +105,26 @@ def read_object(root: Path, name: str, expected: Object) -> bytes:
     path = locate(root, name)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected.bytes:
-                raise _corrupt(path, f"it has {size:,} bytes, and the manifest says {expected.bytes:,}")
+            _require_size(path, os.fstat(file.fileno()).st_size, expected.bytes)
             data = file.read(expected.bytes + 1)
     except FileNotFoundError as error:
         raise missing(path) from error
     except OSError as error:
         raise AccessError(f"The object cannot be read: {error.strerror}.", where=str(path)) from error
-    found = digest_bytes(data)
-    if len(data) != expected.bytes or found != expected.digest:
-        raise _corrupt(path, f"its digest is {found[:16]}, and the manifest says {expected.digest[:16]}")
+    _require_size(path, len(data), expected.bytes)
+    _require_digest(path, data, expected)
     return data
+
+
+def _require_size(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise _corrupt(path, f"it has {found:,} bytes, and the manifest says {expected:,}")
+
+
+def _require_digest(path: Path, data: bytes | memoryview, expected: Object) -> None:
+    found = digest_bytes(data)
+    if found != expected.digest:
+        raise _corrupt(path, f"its digest is {found[:16]}, and the manifest says {expected.digest[:16]}")
 
 
 class _Scratch(threading.local):
@@ -159,19 +167,29 @@ class Objects:
         Raises:
             CorruptObjectError: The object changed its length since, or errors as `content`.
         """
-        if name not in self._verified:
-            return memoryview(self.content(name))[start:stop]
-        path = self.root / name  # located and verified before
+        if name in self._verified:
+            return self._read(self.root / name, start, stop)  # located and verified before
+        expected = self._expected(name)
+        data = self._read(locate(self.root, name), 0, expected.bytes, whole=True)
+        _require_digest(self.root / name, data, expected)
+        self._verified.add(name)
+        return data[start:stop]
+
+    def _read(self, path: Path, start: int, stop: int, *, whole: bool = False) -> memoryview:
+        """Return bytes of a file in this thread's buffer: fresh memory costs more than reading into it."""
         try:
             with path.open("rb", buffering=0) as file:
+                if whole:
+                    _require_size(path, os.fstat(file.fileno()).st_size, stop)
                 file.seek(start)
-                data = self._scratch.room(stop - start)
-                read = file.readinto(data)
+                data, count = self._scratch.room(stop - start), 0
+                while count < len(data) and (read := file.readinto(data[count:])):
+                    count += read
         except FileNotFoundError as error:
             raise missing(path) from error
         except OSError as error:
             raise AccessError(f"The object cannot be read: {error.strerror}.", where=str(path)) from error
-        if read != stop - start:
+        if count != len(data):
             raise _corrupt(path, "it has become shorter since it was verified")
         return data
 

@@ -57,6 +57,10 @@ class StreamDataset(IterableDataset[Batch]):
         return count // whole if self._config.world_size > 1 else -(-count // whole)
 
     def __iter__(self) -> Iterator[Batch]:
+        return (batch for some in self.gathered() for batch in some)
+
+    def gathered(self) -> Iterator[list[Batch]]:
+        """Yield the same batches, those together that were gathered together."""
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         config, shards = self._config, self._store.shards
@@ -120,9 +124,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._dataset.epoch, self._dataset.start = self.epoch, self.batches
-        for batch in prefetched(iter(self._dataset)):
-            self.batches += 1
-            yield batch
+        for some in prefetched(self._dataset.gathered()):
+            for batch in some:
+                self.batches += 1
+                yield batch
         self.set_epoch(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
