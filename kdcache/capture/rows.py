@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.capture.config import CaptureConfig
+from kdcache.capture.flight import Flight
 from kdcache.errors import ConfigError, TeacherMemoryError, TeacherNumericsError
 from kdcache.samples import SampleSet, SampleTokens
 from kdcache.store.schema import COUNTS, INVALID, MASKED
 from kdcache.targets.measure import measure, measure_rows
 from kdcache.targets.tensor import TensorTargets
-from kdcache.teachers import Teacher, TeacherOutput
+from kdcache.teachers import Teacher, TeacherOutput, upload
 
 Array = NDArray[Any]
 
@@ -35,6 +36,15 @@ class ShardRows:
     columns: dict[str, Array]
     pooled: dict[str, Array] = field(default_factory=dict)
     retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some samples of the shard, by their numbers in it, and what the teacher said about them."""
+
+    numbers: Array
+    samples: Sequence[SampleTokens]
+    flight: Flight
 
 
 class RowMaker:
@@ -74,9 +84,15 @@ class RowMaker:
         rows = self._samples.lengths[first : first + count] - 1
         starts = np.concatenate([[0], np.cumsum(rows)])
         made = ShardRows({})
+        flying: _Batch | None = None
         for batch in self._batches(rows):
-            self._fill(made, first, batch, starts)
-            done(int(rows[batch].sum()))
+            for one in self._launched(made, first, batch):
+                # the device has this batch before the one before it is waited for
+                if flying is not None:
+                    done(self._land(made, flying, starts))
+                flying = one
+        if flying is not None:
+            done(self._land(made, flying, starts))
         return made
 
     def _batches(self, rows: Array) -> Iterator[Array]:
@@ -87,33 +103,27 @@ class RowMaker:
             yield order[start : start + size]
             start += size
 
-    def _fill(self, made: ShardRows, first: int, batch: Array, starts: Array) -> None:
+    def _launched(self, made: ShardRows, first: int, batch: Array) -> Iterator["_Batch"]:
+        """Yield a batch once it is on the device; in halves, and halves of them, where memory does not allow more."""
         samples = [self._samples[first + int(number)] for number in batch]
         try:
-            columns, pooled = self._measured(samples, first + batch)
+            flight = self._measured(samples, first + batch)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise too_large(samples[0]) from error
-            made.retries += 1
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            half = len(batch) // 2
-            self._fill(made, first, batch[:half], starts)
-            self._fill(made, first, batch[half:], starts)
+        else:
+            yield _Batch(batch, samples, flight)
             return
-        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in batch])
-        for name, values in columns.items():
-            if name not in made.columns:
-                made.columns[name] = np.zeros((int(starts[-1]), *values.shape[1:]), dtype=values.dtype)
-            made.columns[name][places] = values
-        for name, values in pooled.items():
-            if name not in made.pooled:
-                made.pooled[name] = np.zeros((len(starts) - 1, *values.shape[1:]), dtype=np.float32)
-            made.pooled[name][batch] = values
+        made.retries += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        yield from self._launched(made, first, batch[:half])
+        yield from self._launched(made, first, batch[half:])
 
-    def _measured(self, samples: Sequence[SampleTokens], numbers: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    def _measured(self, samples: Sequence[SampleTokens], numbers: Array) -> Flight:
         config = self._config.targets
         labels = np.concatenate([sample.tokens[1:] for sample in samples])
         output = self._teacher.forward([sample.tokens[:-1] for sample in samples], self._layers)
@@ -124,18 +134,37 @@ class RowMaker:
         with torch.inference_mode():
             targets = measure_rows(
                 output.rows,
-                torch.from_numpy(labels).to(output.rows.device),
+                upload(torch.from_numpy(labels), output.rows.device),
                 k=config.k,
                 head=output.head,
                 uniforms=self._uniforms(samples, numbers, output),
                 fused=config.fused,
             )
-            mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
-            targets, mask = self._checked(targets, mask, samples)
+            return Flight.of(targets, {layer: output.hidden[layer] for layer in self._layers})
+
+    def _land(self, made: ShardRows, batch: "_Batch", starts: Array) -> int:
+        """Put a batch's rows where they belong in the shard; return how many they are."""
+        batch.flight.wait()
+        with torch.inference_mode():
+            columns, pooled = self._columns(batch.samples, batch.flight)
+        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in batch.numbers])
+        for name, values in columns.items():
+            if name not in made.columns:
+                made.columns[name] = np.zeros((int(starts[-1]), *values.shape[1:]), dtype=values.dtype)
+            made.columns[name][places] = values
+        for name, values in pooled.items():
+            if name not in made.pooled:
+                made.pooled[name] = np.zeros((len(starts) - 1, *values.shape[1:]), dtype=np.float32)
+            made.pooled[name][batch.numbers] = values
+        return len(places)
+
+    def _columns(self, samples: Sequence[SampleTokens], flight: Flight) -> tuple[dict[str, Array], dict[str, Array]]:
+        mask = np.where(np.concatenate([sample.loss_mask for sample in samples]), COUNTS, MASKED).astype(np.int32)
+        targets, mask = self._checked(flight.targets, mask, samples)
         compact = targets.numpy()
         columns: dict[str, Array] = {
             "input_ids": np.concatenate([sample.tokens[:-1] for sample in samples]).astype(np.int32),
-            "labels": labels.astype(np.int32),
+            "labels": np.concatenate([sample.tokens[1:] for sample in samples]).astype(np.int32),
             "loss_mask": mask,
             "head_ids": compact.ids,
             "head_logits": compact.logits,
@@ -144,17 +173,17 @@ class RowMaker:
         }
         if compact.draw_ids is not None and compact.draw_logits is not None:
             columns |= {"draw_ids": compact.draw_ids, "draw_logits": compact.draw_logits}
-        return self._features(columns, output, mask, samples)
+        return self._features(columns, flight, mask, samples)
 
     def _features(
-        self, columns: dict[str, Array], output: TeacherOutput, mask: Array, samples: Sequence[SampleTokens]
+        self, columns: dict[str, Array], flight: Flight, mask: Array, samples: Sequence[SampleTokens]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         pooled = {}
         wanted = {one.layer: one.keep for one in self._config.targets.hidden}
         if self._config.targets.exact:
             wanted["final"] = "all"
         for layer, keep in wanted.items():
-            values = output.hidden[layer].float().cpu().numpy()
+            values = flight.hidden[layer].float().numpy()
             values = np.where((mask == INVALID)[:, None], np.float32(0), values)
             if keep == "pooled":
                 ends = np.cumsum([len(sample.loss_mask) for sample in samples])[:-1]
@@ -177,7 +206,7 @@ class RowMaker:
             )
             for sample, number in zip(samples, numbers, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts)).to(output.rows.device)
+        return upload(torch.from_numpy(np.concatenate(parts)), output.rows.device)
 
     def _checked(
         self, targets: TensorTargets, mask: Array, samples: Sequence[SampleTokens]

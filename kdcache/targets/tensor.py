@@ -107,17 +107,18 @@ class TensorTargets:
 
     def __getitem__(self, rows: slice | Tensor) -> "TensorTargets":
         """Return the targets of some positions: a slice, a mask or indices."""
-        return self._map(lambda tensor: tensor[rows])
+        return self.each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TensorTargets":
         """Return the targets on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TensorTargets":
         """Return the targets in page-locked host memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.each(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "TensorTargets":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "TensorTargets":
+        """Return the targets with a function applied to every tensor."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {n: function(v) if isinstance(v, Tensor) else v for n, v in values.items()}
         return TensorTargets(**mapped)

@@ -134,12 +134,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return right-padded ids [S, T] and their mask bool [S, T]; pads are id 0."""
+def padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return right-padded ids [S, T], their mask bool [S, T], and the places int64 [N] of real tokens in [S * T].
+
+    The host does not wait for the device. Pads are id 0.
+    """
     longest = max(len(one) for one in inputs)
     ids = np.zeros((len(inputs), longest), dtype=np.int64)
     mask = np.zeros((len(inputs), longest), dtype=np.bool_)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = one
         mask[row, : len(one)] = True
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    places = torch.from_numpy(np.flatnonzero(mask))
+    return upload(torch.from_numpy(ids), device), upload(torch.from_numpy(mask), device), upload(places, device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

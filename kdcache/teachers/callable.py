@@ -90,18 +90,20 @@ class CallableTeacher:
 
     def _run(self, inputs: Sequence[NDArray[np.int64]], layers: Sequence[str]) -> TeacherOutput:
         logits, hidden = self._call(inputs)
-        _, mask = padded(inputs, self._device)
-        if logits.ndim != 3 or logits.shape[:2] != mask.shape:
+        ids, _, places = padded(inputs, self._device)
+        if logits.ndim != 3 or logits.shape[:2] != ids.shape:
             raise TeacherError(
-                f"The teacher gave logits of shape {tuple(logits.shape)} for inputs of {tuple(mask.shape)}.",
+                f"The teacher gave logits of shape {tuple(logits.shape)} for inputs of {tuple(ids.shape)}.",
                 where=self._config.model,
                 hint="It must return [samples, tokens, vocabulary].",
             )
-        return TeacherOutput(logits[mask], None, {layer: hidden[layer][mask] for layer in layers})
+        return TeacherOutput(
+            logits.flatten(0, 1)[places], None, {layer: hidden[layer].flatten(0, 1)[places] for layer in layers}
+        )
 
     @torch.inference_mode()
     def _call(self, inputs: Sequence[NDArray[np.int64]]) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, mask = padded(inputs, self._device)
+        ids, mask, _ = padded(inputs, self._device)
         try:
             out = self._function(ids, mask)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):

@@ -90,29 +90,29 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[NDArray[np.int64]], layers: Sequence[str] = ()) -> TeacherOutput:
-        ids, mask = padded(inputs, self._device)
+        ids, mask, places = padded(inputs, self._device)
         deep = any(layer != "final" for layer in layers)
         try:
             if self._head is None:
                 out = self._model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=bool(layers))
-                rows, states = out.logits[mask], out.hidden_states
+                rows, states = out.logits.flatten(0, 1)[places], out.hidden_states
             else:
                 # right padding cannot reach earlier positions of a causal model: no attention mask is needed
                 out = self._body(input_ids=ids, output_hidden_states=deep)
-                rows, states = out.last_hidden_state[mask], out.hidden_states if deep else None
+                rows, states = out.last_hidden_state.flatten(0, 1)[places], out.hidden_states if deep else None
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise TeacherError(f"The teacher failed: {error}.", where=self._name) from error
-        hidden = {layer: self._layer(layer, rows, states, mask) for layer in layers}
+        hidden = {layer: self._layer(layer, rows, states, places) for layer in layers}
         return TeacherOutput(rows, self._head, hidden)
 
-    def _layer(self, layer: str, rows: Tensor, states: Sequence[Tensor] | None, mask: Tensor) -> Tensor:
+    def _layer(self, layer: str, rows: Tensor, states: Sequence[Tensor] | None, places: Tensor) -> Tensor:
         if layer == "final" and self._head is not None:
             return rows
         assert states is not None  # forward asked for them
         index = {"final": -1, "embedding": 0}.get(layer)
-        return states[int(layer) if index is None else index][mask]
+        return states[int(layer) if index is None else index].flatten(0, 1)[places]
 
     @property
     def _text(self) -> Any:
