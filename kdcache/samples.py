@@ -7,9 +7,11 @@ every token but the first is predicted once. A sample has 2 <= L <= max_length t
 """
 
 import json
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +24,7 @@ from kdcache.errors import ConfigError, SampleError, SourceError
 from kdcache.fingerprint import canonical_json, digest_file, digest_json
 from kdcache.sources import Document, Source
 
+INDEX = "samples.json"
 BATCH = 256
 """Texts handed to the tokenizer at a time."""
 
@@ -149,28 +152,41 @@ def prepare(
             **identity,
         }
     )
-    index_file = folder / "samples.json"
-    if index_file.is_file():
-        index = json.loads(index_file.read_text())
-        if index["key"] == key:
-            return SampleSet(folder, index)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if (index := _spooled(folder, key)) is not None:
+        return SampleSet(folder, index)
+    own = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")  # other processes may be doing the same
+    own.mkdir(parents=True)
     counts: Counter[str] = Counter()
     documents = _tokenised(source, tokenizer, config, counts, progress)
     usable = _usable(documents, config, vocabulary, counts)
     windows = (
         _packed(usable, tokenizer, length) if config.packing == "concat" else _windows(usable, config, length, counts)
     )
-    digest = _spool(windows, folder, counts)
-    index = {"key": key, "counts": dict(sorted(counts.items())), "digest": digest}
-    index_file.write_bytes(canonical_json(index))
-    if not counts["samples"]:
-        raise SourceError(
-            "No sample of at least 2 tokens is left.",
-            hint=f"Look at what was skipped: {dict(counts)}.",
-        )
-    return SampleSet(folder, index)
+    try:
+        digest = _spool(windows, own, counts)
+        index = {"key": key, "counts": dict(sorted(counts.items())), "digest": digest}
+        (own / INDEX).write_bytes(canonical_json(index))
+        if not counts["samples"]:
+            raise SourceError(
+                "No sample of at least 2 tokens is left.",
+                hint=f"Look at what was skipped: {dict(counts)}.",
+            )
+        made = SampleSet(own, index)  # whose files stay open, whatever becomes of their names
+        if _spooled(folder, key) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another process was faster, with the same samples
+                own.rename(folder)
+        return made
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _spooled(folder: Path, key: str) -> dict[str, Any] | None:
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return None
+    return index if index["key"] == key else None
 
 
 def _max_length(config: SamplesConfig, context: int | None) -> int:

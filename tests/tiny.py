@@ -134,6 +134,13 @@ def dense_rows(count: int, vocabulary: int, seed: int = 0) -> NDArray[np.float32
     return np.random.default_rng(seed).normal(0, 3, (count, vocabulary)).astype(np.float32)
 
 
+def token_columns(counts: Sequence[int], vocabulary: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of samples of these many positions, labels being the next tokens."""
+    random = np.random.default_rng(seed)
+    samples = [random.integers(0, vocabulary, count + 1) for count in counts]
+    return np.concatenate([one[:-1] for one in samples]), np.concatenate([one[1:] for one in samples])
+
+
 def shard_columns(
     logits: NDArray[np.float32], inputs: NDArray[Any], labels: NDArray[Any], k: int
 ) -> dict[str, NDArray[Any]]:

@@ -1,108 +1,26 @@
 """Stage 1: run the teacher once over a source and write what it knew, resumable by shard."""
 
-import platform
-import shutil
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import torch
 
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.keep import columns_of, output_head_of
-from kdcache.capture.rows import RowMaker
+from kdcache.capture.result import CaptureProgress, CaptureResult, SamplesProgress, result_of
+from kdcache.capture.run import WORK, Run
 from kdcache.capture.survey import MOST, entries_within, survey
-from kdcache.errors import ConfigError, Interrupted
-from kdcache.process import peak_memory_bytes, stop_signals
+from kdcache.errors import ConfigError, MismatchError
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
-from kdcache.store import Begun, SampleTable, ShardPlan, Store, StorePlan, StoreWriter, open_store
+from kdcache.store import Begun, ShardPlan, StorePlan, StoreWriter, open_store
+from kdcache.store.commit import clear
+from kdcache.store.disk import storage_errors
 from kdcache.store.manifest import FILE
-from kdcache.store.objects import storage_errors
 from kdcache.store.schema import RANKED
 from kdcache.teachers import Teacher, load_teacher
 from kdcache.tokenizer import tokenizer_files, tokenizer_fingerprint
-
-WORK = "work"
-"""Folder inside the store where samples are spooled; removed when the store is complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureProgress:
-    """How far a capture is; times in seconds.
-
-    Attributes:
-        stage: "capture".
-    """
-
-    stage: ClassVar[str] = "capture"
-    positions_done: int
-    positions_total: int
-    positions_per_second: float
-    bytes_written: int
-    eta_seconds: float
-    shard: int
-    shards: int
-
-
-@dataclass(frozen=True, slots=True)
-class SamplesProgress:
-    """How far the making of samples is, before the teacher begins.
-
-    Attributes:
-        stage: "samples".
-    """
-
-    stage: ClassVar[str] = "samples"
-    documents_done: int
-    documents_total: int
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureResult:
-    """How a capture ended.
-
-    Attributes:
-        digest: Of the store.
-        samples: In the store.
-        positions: In the store.
-        bytes: Of all objects.
-        bytes_per_position: Of columns and sample table.
-        k: Logits kept a position.
-        already_complete: Nothing had to be done.
-        seconds: Of this run's capture, samples and model loading not counted.
-        positions_per_second: Of this run, or of the one that finished the store.
-        peak_memory_bytes: Of that run's process.
-        accelerator_memory_bytes: Of this process's accelerator, 0 without one.
-        memory_retries: Batches that were halved for want of memory.
-        skipped: Documents and samples left out, and rows masked, by reason.
-    """
-
-    digest: str
-    samples: int
-    positions: int
-    bytes: int
-    bytes_per_position: float
-    k: int
-    already_complete: bool = False
-    seconds: float = 0.0
-    positions_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    accelerator_memory_bytes: int = 0
-    memory_retries: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form."""
-        return asdict(self)
 
 
 def capture(
@@ -142,7 +60,8 @@ def capture(
             source.fingerprint,
         )
         if same and store.manifest.part("tokenizer") == identity:
-            return _result(store, already_complete=True)
+            clear(root)  # what the last writer had no time to clear away
+            return result_of(store, already_complete=True)
     with storage_errors(root):
         samples = prepare(
             source,
@@ -153,7 +72,28 @@ def capture(
             folder=root / WORK,
             progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
         )
-    config, ranking = _looked(config, model, samples, StoreWriter.begun(root))
+    begun = StoreWriter.begun(root)
+    while True:
+        settled, plan = _planned(config, model, samples, begun, source.fingerprint, tokenizer)
+        try:
+            writer = StoreWriter.open(root, plan)
+            break
+        except MismatchError:
+            # another process may have begun the store while this one looked at the teacher, and seen a little else
+            if begun is not None or (begun := StoreWriter.begun(root)) is None:
+                raise
+    return Run(settled, model, samples, writer, progress).run()
+
+
+def _planned(
+    config: CaptureConfig,
+    model: Teacher,
+    samples: SampleSet,
+    begun: Begun | None,
+    source: dict[str, Any],
+    tokenizer: Any,
+) -> tuple[CaptureConfig, StorePlan]:
+    config, ranking = _looked(config, model, samples, begun)
     plan = StorePlan(
         kind="causal_lm",
         columns=columns_of(config, model),
@@ -162,8 +102,8 @@ def capture(
         vocab_size=model.vocab_size,
         k=config.targets.k,
         teacher=model.fingerprint,
-        tokenizer=identity,
-        source={"source": source.fingerprint, "samples": samples.digest},
+        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        source={"source": source, "samples": samples.digest},
         capture=_settings(config),
         licences=config.licences.model_dump(),
         skipped=samples.counts,
@@ -172,8 +112,7 @@ def capture(
         output_head=output_head_of(model) if config.targets.exact else None,
         ranking=ranking,
     )
-    writer = StoreWriter.open(root, plan)
-    return _Run(config, model, samples, writer, progress).run()
+    return config, plan
 
 
 def _looked(
@@ -221,140 +160,6 @@ def plan_shards(rows: "np.ndarray[Any, Any]", room: int) -> Iterator[ShardPlan]:
     yield ShardPlan(first, len(rows) - first, held)
 
 
-class _Run:
-    """One process's work on a store: what is left of its shards, written behind the teacher's back."""
-
-    def __init__(
-        self,
-        config: CaptureConfig,
-        teacher: Teacher,
-        samples: SampleSet,
-        writer: StoreWriter,
-        progress: Callable[[CaptureProgress], None] | None,
-    ) -> None:
-        self._config = config
-        self._teacher = teacher
-        self._samples = samples
-        self._writer = writer
-        self._progress = progress
-        self._done = sum(writer.plan.shards[index].rows for index in writer.committed)
-        self._made = 0
-        self._bytes = 0
-        self._retries = 0
-        self._began = time.perf_counter()
-        self._pending: Future[int] | None = None
-
-    def run(self) -> CaptureResult:
-        """Capture every shard that is not committed, then seal the store."""
-        rows = RowMaker(self._config, self._teacher, self._samples)
-        with stop_signals() as stopped, ThreadPoolExecutor(1, thread_name_prefix="kdcache-write") as behind:
-            try:
-                for index in range(len(self._writer.plan.shards)):
-                    if index not in self._writer.committed:
-                        self._shard(index, rows, stopped, behind)
-                self._settle()
-            except Interrupted:
-                self._settle()
-                raise
-        seconds = time.perf_counter() - self._began
-        if self._writer.digest is None:
-            self._writer.finish(self._provenance(seconds))
-        shutil.rmtree(self._writer.root / WORK, ignore_errors=True)
-        return _result(open_store(self._writer.root), seconds=seconds, made=self._made, retries=self._retries)
-
-    def _shard(self, index: int, rows: RowMaker, stopped: threading.Event, behind: ThreadPoolExecutor) -> None:
-        plan = self._writer.plan.shards[index]
-
-        def done(positions: int) -> None:
-            self._made += positions
-            self._report(index)
-            if self._pending is not None and self._pending.done():
-                self._settle()  # a writer's error stops the teacher at once
-            if stopped.is_set():
-                raise Interrupted(
-                    "The capture was stopped; finished shards are kept.",
-                    where=str(self._writer.root),
-                    hint="Run the same command again to go on.",
-                )
-
-        made = rows.shard(plan.first_sample, plan.samples, done)
-        self._retries += made.retries
-        numbers = range(plan.first_sample, plan.first_sample + plan.samples)
-        table = SampleTable(
-            [self._samples[number].id for number in numbers],
-            self._samples.lengths[plan.first_sample : plan.first_sample + plan.samples] - 1,
-            made.pooled,
-        )
-        self._settle()
-        self._pending = behind.submit(self._writer.write_shard, index, made.columns, table)
-
-    def _settle(self) -> None:
-        """Wait for the shard being written; its error, if any, is raised here."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._bytes += pending.result()
-
-    def _report(self, shard: int) -> None:
-        if self._progress is None:
-            return
-        rate = self._made / max(1e-9, time.perf_counter() - self._began)
-        total = self._samples.num_positions
-        self._progress(
-            CaptureProgress(
-                positions_done=self._done + self._made,
-                positions_total=total,
-                positions_per_second=rate,
-                bytes_written=self._bytes,
-                eta_seconds=(total - self._done - self._made) / max(rate, 1e-9),
-                shard=shard,
-                shards=len(self._writer.plan.shards),
-            )
-        )
-
-    def _provenance(self, seconds: float) -> dict[str, Any]:
-        packages = ("kdcache", "torch", "transformers", "zarr", "numcodecs", "pyarrow")
-        found = {}
-        for name in packages:
-            try:
-                found[name] = version(name)
-            except ModuleNotFoundError:
-                continue
-        return {
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 1),
-            "positions_per_second": round(self._made / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "python": sys.version.split()[0],
-            "system": platform.system(),
-            "packages": found,
-            "batch_positions": self._config.teacher.batch_positions,
-        }
-
-
-def _result(
-    store: Store, *, already_complete: bool = False, seconds: float = 0.0, made: int = 0, retries: int = 0
-) -> CaptureResult:
-    recorded = store.manifest.part("provenance") or {}
-    counts = _skipped(store.manifest.part("skipped") or {})
-    if invalid := sum(shard.invalid_rows for shard in store.shards):
-        counts["rows with NaN or infinite logits"] = invalid
-    return CaptureResult(
-        digest=store.digest,
-        samples=len(store),
-        positions=store.num_positions,
-        bytes=store.nbytes,
-        bytes_per_position=round(store.bytes_per_position, 3),
-        k=store.k,
-        already_complete=already_complete,
-        seconds=round(seconds, 3),
-        positions_per_second=round(made / seconds, 1) if made else recorded.get("positions_per_second", 0.0),
-        peak_memory_bytes=peak_memory_bytes() if made else recorded.get("peak_memory_bytes", 0),
-        accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-        memory_retries=retries,
-        skipped=counts,
-    )
-
-
 def _settings(config: CaptureConfig) -> dict[str, Any]:
     """What of a config fixes the numbers; where they are read from and how fast they are made does not."""
     return {
@@ -365,5 +170,4 @@ def _settings(config: CaptureConfig) -> dict[str, Any]:
     }
 
 
-def _skipped(counts: dict[str, int]) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if name.startswith(("skipped", "truncated"))}
+__all__ = ["CaptureProgress", "CaptureResult", "SamplesProgress", "capture", "plan_shards"]

@@ -1,21 +1,20 @@
 """The bytes of a store: names that are safe, writes that are atomic, reads that are verified.
 
-An object is a regular file below the store's folder, written once: to a temporary name, flushed, synced, renamed, and
-the folder synced. It is named in the manifest with its length and BLAKE3, and read only after both agree.
+An object is a regular file below the store's folder, written once. It is named in the manifest with its length and
+BLAKE3, and read only after both agree.
 """
 
-import errno
 import os
 import re
-import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kdcache.errors import AccessError, CorruptObjectError, MissingObjectError, StorageFullError, UnsafeError
+from kdcache.errors import AccessError, CorruptObjectError, MissingObjectError, UnsafeError
 from kdcache.fingerprint import digest_bytes
+from kdcache.store import disk
+from kdcache.store.disk import storage_errors
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,127}(/[a-z0-9_][a-z0-9._-]{0,127}){0,7}")
 UNSAFE = re.compile(r"\.(/|$)|(^|/)(con|prn|aux|nul|com[0-9]|lpt[0-9])([./]|$)")
@@ -57,40 +56,14 @@ def write_object(root: Path, name: str, data: bytes) -> Object:
     temporary = path.with_name(path.name + TEMPORARY)
     with storage_errors(path, len(data)):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
+            disk.make(path.parent)
+            disk.write(temporary, data)
+            disk.move(temporary, path)
+            disk.sync(path.parent)
         except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            disk.remove(temporary)
             raise
     return Object(len(data), digest_bytes(data))
-
-
-@contextmanager
-def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn what the operating system says about a write into an error that says what to do next."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = 0
-            with suppress(OSError):
-                free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-            raise StorageFullError(
-                f"There is no space left: {needed:,} bytes were needed and {free:,} are free.",
-                where=str(path),
-                hint="Free some space and run the same command again; finished shards are kept.",
-            ) from error
-        raise AccessError(
-            f"The store cannot be written: {error.strerror or error}.",
-            where=str(path),
-            hint="Check the folder's permissions, or choose another with --out.",
-        ) from error
 
 
 def read_object(root: Path, name: str, expected: Object) -> bytes:
@@ -248,11 +221,3 @@ def _corrupt(path: Path, what: str) -> CorruptObjectError:
         where=str(path),
         hint="Run `kdcache verify` to list all damage; copy the store again, or capture it again.",
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

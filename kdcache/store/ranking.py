@@ -3,7 +3,7 @@
 Legend: `V` vocabulary, `K` kept entries.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from kdcache.errors import CorruptObjectError
 from kdcache.fingerprint import digest_bytes
 from kdcache.store.arrays import array_metadata, encode_shard
 from kdcache.store.chunks import ShardSizes, decode_rows
-from kdcache.store.objects import Object, Objects, write_object
+from kdcache.store.objects import Objects
 
 ARRAY = "ranking"
 _PART = Part("uint32", (), compressor="shuffle")
@@ -31,12 +31,12 @@ def ranks(ranking: NDArray[np.int32]) -> NDArray[np.int32]:
     return inverse
 
 
-def write_ranking(root: Path, ranking: NDArray[np.int32]) -> dict[str, Object]:
-    """Write a ranking and return its objects."""
+def ranking_objects(ranking: NDArray[np.int32]) -> Iterator[tuple[str, bytes]]:
+    """Yield the objects of a ranking by name."""
     size = len(ranking)
     _, data = encode_shard(_PART, ranking.astype(np.uint32), shard_rows=size, chunk_rows=size)
-    metadata = array_metadata(_PART, 1, shard_rows=size, chunk_rows=size)
-    return {name: write_object(root, name, content) for name, content in _named(metadata, data).items()}
+    yield f"{ARRAY}/zarr.json", array_metadata(_PART, 1, shard_rows=size, chunk_rows=size)
+    yield f"{ARRAY}/c/0", data
 
 
 def read_ranking(objects: Objects, size: int, digest: str) -> NDArray[np.int32]:
@@ -57,7 +57,3 @@ def read_ranking(objects: Objects, size: int, digest: str) -> NDArray[np.int32]:
             "The ranking is not a list of all ids.", where=name, hint="Copy the store again, or capture it again."
         )
     return ids
-
-
-def _named(metadata: bytes, data: bytes) -> dict[str, bytes]:
-    return {f"{ARRAY}/zarr.json": metadata, f"{ARRAY}/c/0": data}

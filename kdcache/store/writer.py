@@ -1,10 +1,10 @@
-"""Write a store: the plan first, shards in any order, the manifest last.
+"""Write a store: the plan first, shards in any order by any number of writers, the manifest last.
 
 Legend: `N` positions of a shard, `S` its samples.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.codecs import codec
-from kdcache.errors import CorruptObjectError, IncompleteStoreError, MismatchError, TeacherNumericsError
+from kdcache.errors import AccessError, CorruptObjectError, IncompleteStoreError, MismatchError, TeacherNumericsError
 from kdcache.fingerprint import canonical_json, digest_bytes, digest_json
+from kdcache.store import disk
 from kdcache.store.arrays import array_metadata, encode_column, encode_shard, group_metadata
+from kdcache.store.commit import STAGING, Claims, Stage, clear, put, settle
+from kdcache.store.disk import storage_errors
 from kdcache.store.manifest import FILE, FORMAT, VERSION, load_manifest, seal, strict_json
-from kdcache.store.objects import Object, Objects, write_object
+from kdcache.store.objects import Object, Objects
 from kdcache.store.progress import PLAN_FILE, committed, receipt_name
-from kdcache.store.ranking import ranks, read_ranking, write_ranking
+from kdcache.store.ranking import ranking_objects, ranks, read_ranking
 from kdcache.store.schema import ALIGNMENT, COUNTS, HEAD_CHUNK_ROWS, INVALID, OutputHead, StorePlan
 
 Array = NDArray[Any]
@@ -56,10 +59,10 @@ class Begun:
 
 
 class StoreWriter:
-    """Writes the shards of one plan; made by `open`.
+    """Writes the shards of one plan, beside any number of others in other processes and hosts; made by `open`.
 
     Attributes:
-        committed: Shards that are durable already.
+        committed: Shards that are durable already, as far as was looked.
         digest: The store's digest once it is complete, else None.
     """
 
@@ -68,6 +71,7 @@ class StoreWriter:
         self.plan = plan
         self.digest = digest
         self.committed = committed(root)
+        self._claims = Claims(root)
         self._start = start
         self._store_id = digest_json(plan.as_json())
         self._ranks = ranks(np.zeros(0, np.int32) if plan.ranking is None else plan.ranking)
@@ -82,27 +86,24 @@ class StoreWriter:
             AccessError: The folder may not be written to.
         """
         root = Path(path)
-        if (root / PLAN_FILE).is_file():
-            document = strict_json((root / PLAN_FILE).read_bytes(), str(root / PLAN_FILE))
-            if differences := differing(document["plan"], plan.as_json()):
-                raise MismatchError(
-                    "The folder holds a capture made with other settings: " + "; ".join(differences[:8]) + ".",
-                    where=str(root),
-                    hint="Choose another --out, or go back to the settings it was begun with.",
-                )
-            start = {name: Object(one["bytes"], one["digest"]) for name, one in document["objects"].items()}
-            digest = load_manifest(root).digest if (root / FILE).is_file() else None
-            return cls(root, plan, start, digest)
-        start = _write_start(root, plan)
-        document = {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "store_id": digest_json(plan.as_json()),
-            "plan": plan.as_json(),
-            "objects": _listed(start),
-        }
-        write_object(root, PLAN_FILE, canonical_json(document))
-        return cls(root, plan, start, None)
+        if not (root / PLAN_FILE).is_file():
+            _begin(root, plan)
+        document = strict_json((root / PLAN_FILE).read_bytes(), str(root / PLAN_FILE))
+        if differences := differing(document["plan"], plan.as_json()):
+            raise MismatchError(
+                "The folder holds a capture made with other settings: " + "; ".join(differences[:8]) + ".",
+                where=str(root),
+                hint="Choose another --out, or go back to the settings it was begun with.",
+            )
+        digest = load_manifest(root).digest if (root / FILE).is_file() else None
+        start = {name: Object(one["bytes"], one["digest"]) for name, one in document["objects"].items()}
+        writer = cls(root, plan, start, digest)
+        if digest is None:
+            settle(root, document)
+            writer._settle_shards()
+        else:
+            clear(root)
+        return writer
 
     @staticmethod
     def begun(path: Path | str) -> "Begun | None":
@@ -115,13 +116,14 @@ class StoreWriter:
         if not (root / PLAN_FILE).is_file():
             return None
         document = strict_json((root / PLAN_FILE).read_bytes(), str(root / PLAN_FILE))
+        settle(root, document)
         plan, digest = document["plan"], document["plan"].get("ranking")
         listed = {name: Object(one["bytes"], one["digest"]) for name, one in document["objects"].items()}
         found = None if digest is None else read_ranking(Objects(root, listed), plan["vocab_size"], digest)
         return Begun(plan["k"], found)
 
     def write_shard(self, index: int, columns: Mapping[str, Array], samples: SampleTable) -> int:
-        """Commit one shard; return the bytes written. A shard that is committed already is left alone.
+        """Commit one shard; return its bytes, 0 if another writer was first: what is committed is left alone.
 
         Args:
             index: Which shard of the plan.
@@ -133,10 +135,54 @@ class StoreWriter:
             MismatchError: Columns, samples or rows are not those of the plan.
             StorageFullError: There is no space; nothing of this shard is named anywhere.
         """
-        if index in self.committed:
+        if self.overtaken(index):
             return 0
         self._check(index, columns, samples)
-        objects: dict[str, Object] = {}
+        stage = None
+        try:
+            stage = Stage(self.root, self._claims.writer, f"{index:05d}")
+            self._stage(stage, index, columns, samples)
+            receipt = {
+                "store_id": self._store_id,
+                "shard": index,
+                "invalid_rows": int((np.asarray(columns["loss_mask"]) == INVALID).sum()),
+                "objects": _listed(stage.objects),
+            }
+            won = stage.commit(receipt_name(index), receipt)
+        except BaseException as error:
+            if stage is not None:
+                stage.discard()
+            # who comes first clears away what others staged
+            lost = stage is None or not stage.named
+            if not isinstance(error, AccessError) or not lost or not self.overtaken(index):
+                raise
+            won = False
+        self.committed.add(index)
+        return sum(one.bytes for one in stage.objects.values()) if won and stage is not None else 0
+
+    def overtaken(self, index: int) -> bool:
+        """Say whether a shard is committed, by whomever."""
+        if index not in self.committed and (self.root / receipt_name(index)).is_file():
+            self.committed.add(index)
+        return index in self.committed
+
+    def unmade(self) -> Iterator[int]:
+        """Yield the shards that this writer should make, one when the one before is on its way.
+
+        First those that nobody claimed, in order; then those that others claimed and have not committed: they may be
+        dead. Who is overtaken by a living one after all has made a shard for nothing, and every row is there once.
+        """
+        everything = range(len(self.plan.shards))
+        mine = set()
+        for index in everything:
+            if not self.overtaken(index) and self._claims.claim(index):
+                mine.add(index)
+                yield index
+        for index in sorted(everything, key=lambda shard: self._claims.turn(shard, len(everything))):
+            if index not in mine and not self.overtaken(index):
+                yield index
+
+    def _stage(self, stage: Stage, index: int, columns: Mapping[str, Array], samples: SampleTable) -> None:
         for column in self.plan.columns:
             values = np.asarray(columns[column.name])
             rows = {"shard_rows": self.plan.shard_rows, "chunk_rows": self.plan.chunk_rows}
@@ -149,20 +195,15 @@ class StoreWriter:
                     hint="Set targets.logits (or the layer's dtype) to float32, or on_invalid to skip.",
                 ) from error
             for (path, suffix), data in made.items():
-                name = f"{path}/c/{index}{suffix}"
-                objects[name] = write_object(self.root, name, data)
-        name = f"samples/{index:05d}.parquet"
-        objects[name] = write_object(self.root, name, self._sample_table(index, columns, samples))
-        invalid = int((np.asarray(columns["loss_mask"]) == INVALID).sum())
-        receipt = {
-            "store_id": self._store_id,
-            "shard": index,
-            "invalid_rows": invalid,
-            "objects": _listed(objects),
-        }
-        write_object(self.root, receipt_name(index), canonical_json(receipt))
-        self.committed.add(index)
-        return sum(one.bytes for one in objects.values())
+                stage.write(f"{path}/c/{index}{suffix}", data)
+        stage.write(f"samples/{index:05d}.parquet", self._sample_table(index, columns, samples))
+
+    def _settle_shards(self) -> None:
+        """Put in place what writers committed and had no time to; they say so by what they left."""
+        stages = {path.name.rpartition("-")[2] for path in (self.root / STAGING).glob("*-*")}
+        for index in self.committed:
+            if f"{index:05d}" in stages:
+                settle(self.root, self._receipt(index))
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> str:
         """Write the manifest and return the store's digest.
@@ -176,9 +217,11 @@ class StoreWriter:
         """
         if self.digest:
             return self.digest
+        self.committed = committed(self.root)
         missing = sorted(set(range(len(self.plan.shards))) - self.committed)
         if missing:
             raise IncompleteStoreError(f"{len(missing)} shards are not committed yet.", where=str(self.root))
+        self._settle_shards()
         objects = dict(self._start)
         shards = []
         for index, shard in enumerate(self.plan.shards):
@@ -198,8 +241,18 @@ class StoreWriter:
             "provenance": dict(provenance or {}),
         }
         sealed = seal(document)
-        write_object(self.root, FILE, canonical_json(sealed))
-        self.digest = str(sealed["digest"])
+        with storage_errors(self.root / FILE):
+            try:
+                disk.make(self.root / STAGING)
+                draft = self.root / STAGING / f"{self._claims.writer}-manifest"
+                disk.write(draft, canonical_json(sealed))
+                first = put(self.root, FILE, draft)
+            except FileNotFoundError:  # whoever was faster has cleared away what only unfinished stores need
+                if not (self.root / FILE).is_file():
+                    raise
+                first = False
+            clear(self.root)
+        self.digest = str(sealed["digest"]) if first else load_manifest(self.root).digest
         return self.digest
 
     def _receipt(self, index: int) -> dict[str, Any]:
@@ -279,25 +332,43 @@ def differing(old: Any, new: Any, key: str = "") -> list[str]:
     return [f"{key} was {short[0]}, now {short[1]}"]
 
 
-def _write_start(root: Path, plan: StorePlan) -> dict[str, Object]:
-    groups = ["zarr.json", "columns/zarr.json"] + (["output_head/zarr.json"] if plan.output_head else [])
-    written = {name: write_object(root, name, group_metadata()) for name in groups}
+def _begin(root: Path, plan: StorePlan) -> None:
+    stage = Stage(root, Claims(root).writer, "start")
+    try:
+        for name, data in _start_objects(plan):
+            stage.write(name, data)
+        begun = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "store_id": digest_json(plan.as_json()),
+            "plan": plan.as_json(),
+            "objects": _listed(stage.objects),
+        }
+        stage.commit(PLAN_FILE, begun)
+    except BaseException as error:
+        stage.discard()
+        # who comes first clears away what others staged
+        if not isinstance(error, AccessError) or stage.named or not (root / PLAN_FILE).is_file():
+            raise
+
+
+def _start_objects(plan: StorePlan) -> Iterator[tuple[str, bytes]]:
+    """Yield what a store has before its first shard, by name."""
+    for name in ["zarr.json", "columns/zarr.json"] + (["output_head/zarr.json"] if plan.output_head else []):
+        yield name, group_metadata()
     for column in plan.columns:
         for path, layout in column.arrays().values():
-            name = f"{path}/zarr.json"
-            data = array_metadata(layout, len(plan.shards), shard_rows=plan.shard_rows, chunk_rows=plan.chunk_rows)
-            written[name] = write_object(root, name, data)
+            rows = {"shard_rows": plan.shard_rows, "chunk_rows": plan.chunk_rows}
+            yield f"{path}/zarr.json", array_metadata(layout, len(plan.shards), **rows)
     for file, content in plan.tokenizer_files.items():
-        written[f"tokenizer/{file}"] = write_object(root, f"tokenizer/{file}", content)
+        yield f"tokenizer/{file}", content
     if plan.output_head:
-        written |= _write_head(root, plan.output_head)
+        yield from _head_objects(plan.output_head)
     if plan.ranking is not None:
-        written |= write_ranking(root, plan.ranking)
-    return written
+        yield from ranking_objects(plan.ranking)
 
 
-def _write_head(root: Path, head: OutputHead) -> dict[str, Object]:
-    written = {}
+def _head_objects(head: OutputHead) -> Iterator[tuple[str, bytes]]:
     for name, values in (("weight", head.weight), ("bias", head.bias)):
         if values is None:
             continue
@@ -306,10 +377,8 @@ def _write_head(root: Path, head: OutputHead) -> dict[str, Object]:
         part = kept.parts(values.shape[1:])[""]
         path = f"output_head/{name}"
         suffix, data = encode_shard(part, kept.encode(values)[""], shard_rows=rows, chunk_rows=HEAD_CHUNK_ROWS)
-        metadata = array_metadata(part, 1, shard_rows=rows, chunk_rows=HEAD_CHUNK_ROWS)
-        written[f"{path}/zarr.json"] = write_object(root, f"{path}/zarr.json", metadata)
-        written[f"{path}/c/0{suffix}"] = write_object(root, f"{path}/c/0{suffix}", data)
-    return written
+        yield f"{path}/zarr.json", array_metadata(part, 1, shard_rows=rows, chunk_rows=HEAD_CHUNK_ROWS)
+        yield f"{path}/c/0{suffix}", data
 
 
 def _listed(objects: Mapping[str, Object]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import CorruptObjectError, MismatchError
 from kdcache.fingerprint import canonical_json, digest_file
-from kdcache.store.objects import storage_errors
+from kdcache.store.disk import storage_errors
 
 KEEP = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
