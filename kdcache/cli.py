@@ -30,7 +30,9 @@ Set = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")]
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder of a store, or URL of a shared one (hf, s3, gs, az, https).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -127,9 +129,53 @@ def verify(
 
 
 @app.command()
+def push(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME, s3://, gs:// or az://.")],
+    card: Annotated[Path | None, typer.Option("--card", help="A dataset card in place of the one it writes.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a store for others to read: data first, manifest last, with a dataset card and a preview.
+
+    Stopped at any moment, the same command goes on with what is not there yet.
+
+    Example: kdcache push stores/wiki hf://datasets/me/wiki-logits
+    """
+    from kdcache import display
+    from kdcache.share import push as run
+
+    text = None if card is None else card.read_text()
+    with display.bytes_progress("push", quiet=quiet) as progress:
+        result = run(store, url, progress=progress, card_text=text)
+    _print(result.as_dict(), as_json, display.transfer)
+
+
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a shared store; #blake3=DIGEST at its end pins it.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder it goes to.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring a shared store to a folder; every object is verified as it arrives.
+
+    Stopped at any moment, the same command goes on. `kdcache train --store URL` needs no pull.
+
+    Example: kdcache pull hf://datasets/me/wiki-logits stores/wiki
+    """
+    from kdcache import display
+    from kdcache.share import pull as run
+
+    with display.bytes_progress("pull", quiet=quiet) as progress:
+        result = run(url, out, progress=progress)
+    _print(result.as_dict(), as_json, display.transfer)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")],
-    store: Annotated[Path, typer.Option("--store", help="Folder of the store to train from.")],
+    store: Annotated[str, typer.Option("--store", help="Folder or URL of the store to train from.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and the trained student.")],
     teacher: Annotated[
         str | None,
@@ -165,7 +211,7 @@ def train(
 def evaluate(
     student: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained student.")],
     store: Annotated[
-        Path | None, typer.Option("--store", help="Held-out store; default: the run's validation store.")
+        str | None, typer.Option("--store", help="Held-out store; default: the run's validation store.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
     as_json: AsJson = False,

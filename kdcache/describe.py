@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IncompleteStoreError
+from kdcache.remotes import is_remote
 from kdcache.store import VERSION, Store, open_store, progress
 from kdcache.tokenizer import decoder
 
@@ -21,11 +22,11 @@ def summary(path: Path | str) -> dict[str, Any]:
     try:
         store = open_store(path)
     except IncompleteStoreError as error:
-        begun = progress(Path(path))
+        begun = None if is_remote(path) else progress(Path(path))
         if begun is None:
             raise
         return {
-            "path": Path(path).name,
+            "path": str(path) if is_remote(path) else Path(path).name,
             "format_version": VERSION,
             "complete": False,
             "samples": sum(samples for _, samples, _ in begun.plan["shards"]),
@@ -36,9 +37,13 @@ def summary(path: Path | str) -> dict[str, Any]:
             "tokenizer": begun.plan["tokenizer"],
             "next": error.hint,
         }
+    return {"path": str(path) if is_remote(path) else Path(path).name, **summary_of(store)}
+
+
+def summary_of(store: Store) -> dict[str, Any]:
+    """Return what an open store holds."""
     counts = store.bytes_per_column()
     return {
-        "path": Path(path).name,
         "format_version": store.manifest.document["format_version"],
         "complete": True,
         "kind": store.manifest.kind,
@@ -87,7 +92,11 @@ def first_samples(
         candidates: Ids of each row, the most probable first.
         temperature: T of the probabilities.
     """
-    store = open_store(path)
+    return sampled(open_store(path), count, positions=positions, candidates=candidates, temperature=temperature)
+
+
+def sampled(store: Store, count: int, *, positions: int, candidates: int, temperature: float) -> list[dict[str, Any]]:
+    """Return the first samples of an open store, as `first_samples`."""
     decode = decoder(store.tokenizer_files())
     return [
         _sample(store, number, decode, positions, candidates, temperature) for number in range(min(count, len(store)))

@@ -10,7 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 Result = dict[str, Any]
@@ -52,6 +60,17 @@ def summary(info: Result) -> None:
             text(column["unit"]),
         )
     _out.print(columns)
+
+
+def transfer(result: Result) -> None:
+    """Show what a push or a pull did."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("objects", f"{result['objects']:,}, {size(result['bytes'])}")
+    table.add_row("moved now", f"{result['moved_objects']:,}, {size(result['moved_bytes'])}")
+    table.add_row("open it as", text(result["pin"]))
+    _out.print(table)
 
 
 def first_samples(samples: list[Result]) -> None:
@@ -166,6 +185,18 @@ def count_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
         yield None
         return
     with _bar() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def bytes_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a callback that takes bytes done and all; None when quiet."""
+    if quiet:
+        yield None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=_err, disable=not _err.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import ConfigError, KdcacheError
+from kdcache.remotes import listing
 from kdcache.store.objects import locate
 from kdcache.store.reader import Store
 from kdcache.store.writer import token_digest
@@ -32,12 +33,15 @@ def check(store: Store, *, quick: bool = False, progress: Callable[[int, int], N
     """
     problems = []
     names = list(store.manifest.objects)
+    there = None if store.origin is None or not quick else listed_sizes(store)
     for number, name in enumerate(names):
         try:
             if quick:
-                found = locate(store.path, name).stat().st_size
                 expected = store.manifest.objects[name].bytes
-                if found != expected:
+                found = locate(store.path, name).stat().st_size if there is None else there.get(name, -1)
+                if found < 0:
+                    problems.append(Problem(name, "it is missing"))
+                elif found != expected:
                     problems.append(Problem(name, f"it has {found:,} bytes, and the manifest says {expected:,}"))
             else:
                 store.content(name)
@@ -50,6 +54,23 @@ def check(store: Store, *, quick: bool = False, progress: Callable[[int, int], N
     for index in range(len(store.shards)):
         problems += [Problem(f"shard {index}", what) for what in _content(store, index)]
     return problems
+
+
+def listed_sizes(store: Store) -> dict[str, int]:
+    """Return the bytes of every object where a store is shared from.
+
+    Raises:
+        ConfigError: The place lists nothing.
+    """
+    assert store.origin is not None  # asked of stores that are somewhere else
+    found = listing(store.origin.place)
+    if not found:
+        raise ConfigError(
+            "This place does not list what it has, so presence and sizes alone cannot be checked.",
+            where=store.location,
+            hint="Leave out --quick: every object is fetched and its digest compared.",
+        )
+    return found
 
 
 def _content(store: Store, index: int) -> Iterator[str]:

@@ -7,9 +7,10 @@ BLAKE3, and read only after both agree.
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 from kdcache.errors import AccessError, CorruptObjectError, MissingObjectError, UnsafeError
 from kdcache.fingerprint import digest_bytes
@@ -21,6 +22,8 @@ UNSAFE = re.compile(r"\.(/|$)|(^|/)(con|prn|aux|nul|com[0-9]|lpt[0-9])([./]|$)")
 """A component that ends in a dot, or that is a device on some system."""
 
 TEMPORARY = ".partial"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,26 @@ class _Scratch(threading.local):
         return memoryview(self._held)[:size]
 
 
-class Objects:
-    """The objects that a manifest lists, each verified whole before its first byte is handed out, once a process."""
+class Bring(Protocol):
+    """Has objects of a store that is somewhere else put into its folder here; again: in place of damaged ones."""
 
-    def __init__(self, root: Path, listed: Mapping[str, Object]) -> None:
+    def __call__(self, names: Iterable[str], *, again: bool = False) -> None:
+        """See `kdcache.store.origin.Origin.bring`."""
+
+
+class Objects:
+    """The objects that a manifest lists, each verified whole before its first byte is handed out, once a process.
+
+    Args:
+        root: Folder they are in.
+        listed: By name.
+        bring: Called for what is not there, or damaged; None where the folder is all there is.
+    """
+
+    def __init__(self, root: Path, listed: Mapping[str, Object], bring: Bring | None = None) -> None:
         self.root = root
         self._listed = listed
+        self._bring = bring
         self._verified: set[str] = set()
         self._scratch = _Scratch()
 
@@ -128,9 +145,25 @@ class Objects:
             MissingObjectError, CorruptObjectError, UnsafeError, AccessError: As `read_object`; also where the manifest
                 does not list the name.
         """
-        data = read_object(self.root, name, self._expected(name))
+        expected = self._expected(name)
+        data = self._brought(name, lambda: read_object(self.root, name, expected))
         self._verified.add(name)
         return data
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Have objects here that will be read soon: those that are somewhere else come side by side."""
+        if self._bring is not None:
+            self._bring(names)
+
+    def _brought(self, name: str, read: Callable[[], T]) -> T:
+        """Return what reading an object gives; if it is not here, or damaged, it is brought first."""
+        if self._bring is None:
+            return read()
+        try:
+            return read()
+        except (MissingObjectError, CorruptObjectError):
+            self._bring([name], again=True)
+            return read()
 
     def part(self, name: str, start: int, stop: int) -> memoryview:
         """Return bytes start to stop of an object; the first call for it verifies the whole.
@@ -140,11 +173,16 @@ class Objects:
         Raises:
             CorruptObjectError: The object changed its length since, or errors as `content`.
         """
-        if name in self._verified:
-            return self._read(self.root / name, start, stop)  # located and verified before
+        if name in self._verified:  # and so located before
+            return self._brought(name, lambda: self._read(self.root / name, start, stop))
         expected = self._expected(name)
-        data = self._read(locate(self.root, name), 0, expected.bytes, whole=True)
-        _require_digest(self.root / name, data, expected)
+
+        def verified() -> memoryview:
+            data = self._read(locate(self.root, name), 0, expected.bytes, whole=True)
+            _require_digest(self.root / name, data, expected)
+            return data
+
+        data = self._brought(name, verified)
         self._verified.add(name)
         return data[start:stop]
 

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import Part, codec
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
+from kdcache.remotes import is_remote
 from kdcache.store.chunks import ShardSizes, decode_rows
 from kdcache.store.layout import layout_of, require_layout
 from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
@@ -25,6 +26,9 @@ from kdcache.store.ranking import read_ranking
 from kdcache.store.rows import PackedShard, Sample, Shard, is_packed, targets_of
 from kdcache.store.schema import COUNTS, HEAD_CHUNK_ROWS, RANKED, Column, OutputHead
 
+if TYPE_CHECKING:
+    from kdcache.store.origin import Origin
+
 Array = NDArray[Any]
 
 
@@ -32,7 +36,9 @@ def open_store(path: Path | str, *, digest: str | None = None) -> "Store":
     """Return a finished store; reads its manifest only.
 
     Args:
-        path: Its folder.
+        path: Its folder, or the URL of one that is shared: `hf://datasets/OWNER/NAME`, `s3://`, `gs://`, `az://`,
+            `https://`. What is read of it is fetched, verified and kept in the cache of this machine. `#blake3=DIGEST`
+            at the end pins it.
         digest: The digest it must have.
 
     Raises:
@@ -40,11 +46,19 @@ def open_store(path: Path | str, *, digest: str | None = None) -> "Store":
         CorruptObjectError: The manifest is damaged.
         UnsupportedError: A newer format or an unknown codec.
         MismatchError: It has another digest than asked for.
+        AccessError: The place cannot be reached.
     """
-    root = Path(path)
+    location, _, pin = str(path).partition("#blake3=")
+    wanted = digest or pin or None
+    if is_remote(location):
+        from kdcache.store.origin import load_remote
+
+        manifest, origin = load_remote(location, wanted, cached=load_manifest)
+        return Store(origin.root, manifest, origin=origin)
+    root = Path(location.removeprefix("file://"))
     manifest = load_manifest(root)
-    if digest is not None and manifest.digest != digest:
-        raise MismatchError(f"The store's digest is {manifest.digest}, not {digest}.", where=str(root))
+    if wanted is not None and manifest.digest != wanted:
+        raise MismatchError(f"The store's digest is {manifest.digest}, not {wanted}.", where=str(root))
     return Store(root, manifest)
 
 
@@ -52,14 +66,18 @@ class Store(Sequence[Sample]):
     """A finished store: `len(store)` samples, `store[i]` the i-th; pickles as its path and digest.
 
     Attributes:
-        path: Its folder.
+        path: Its folder; of one that is somewhere else, the folder here that its objects are kept in.
+        location: The folder, or the URL.
         manifest: What it says of itself.
+        origin: What brings the objects of one that is somewhere else.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, origin: "Origin | None" = None) -> None:
         self.path = path
+        self.location = str(path) if origin is None else origin.place.url
         self.manifest = manifest
-        self._objects = Objects(path, manifest.objects)
+        self.origin = origin
+        self._objects = Objects(path, manifest.objects, None if origin is None else origin.bring)
         self._columns = {column.name: column for column in manifest.columns}
         self._checked: set[str] = set()
         self._first_samples = [shard.first_sample for shard in manifest.shards]
@@ -67,7 +85,7 @@ class Store(Sequence[Sample]):
         self._table = lru_cache(maxsize=64)(self._read_table)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.digest)
+        return _reopen, (self.location, self.digest)
 
     @property
     def digest(self) -> str:
@@ -141,6 +159,7 @@ class Store(Sequence[Sample]):
         inside = position - self._first_samples[index]
         start = table["first_row"][inside].as_py() - index * self.manifest.shard_rows
         rows = slice(start, start + table["rows"][inside].as_py())
+        self._bring(index, list(self._columns))
         columns = {name: self._read(column, index, rows) for name, column in self._columns.items()}
         return self._sample(table, inside, columns)
 
@@ -158,6 +177,7 @@ class Store(Sequence[Sample]):
         info = self.shards[index]
         names = list(self._columns) if columns is None else list(columns)
         self._require_columns(names)
+        self._bring(index, names)
         decoded = {name: self._read(self._columns[name], index, slice(0, info.rows)) for name in names}
         return Shard(index, info.first_sample, self._offsets(index), decoded, self._table(index), self.vocab_size)
 
@@ -173,6 +193,7 @@ class Store(Sequence[Sample]):
                 page faults are a quarter of the whole cost.
         """
         self._require_columns(columns)
+        self._bring(index, columns)
         info = self.shards[index]
         rows = slice(0, info.rows)
         parts = {}
@@ -193,6 +214,16 @@ class Store(Sequence[Sample]):
         for name in columns:
             for path, layout in self._columns[name].arrays().values():
                 self._objects.trust(_object_name(path, layout, index))
+
+    def _bring(self, index: int, columns: Sequence[str]) -> None:
+        """Have here what a shard's columns are read from."""
+        if self.origin is None:
+            return
+        names = [f"samples/{index:05d}.parquet"]
+        for name in columns:
+            for path, layout in self._columns[name].arrays().values():
+                names += [f"{path}/zarr.json", _object_name(path, layout, index)]
+        self._objects.bring(names)
 
     def output_head(self) -> OutputHead | None:
         """Return the teacher's output layer; None unless the capture was `exact`."""
@@ -348,5 +379,5 @@ def _object_name(path: str, layout: Part, shard: int) -> str:
     return "/".join([path, "c", str(shard), *("0" for _ in layout.shape)])
 
 
-def _reopen(path: Path, digest: str) -> Store:
+def _reopen(path: str, digest: str) -> Store:
     return open_store(path, digest=digest)

@@ -95,8 +95,10 @@ class Decoders:
     def __init__(self, store: Store, columns: Sequence[str], *, processes: int = 0, threads: int = THREADS) -> None:
         self._store = store
         self._columns = list(columns)
-        self._processes = processes if FORKS else 0
-        self._threads = threads if FORKS else max(processes, threads)
+        # what fetches a store from somewhere else does not live on in a forked process
+        forks = FORKS and store.origin is None
+        self._processes = processes if forks else 0
+        self._threads = threads if forks else max(processes, threads)
         self._owner = os.getpid()
         self._pool: Executor | None = None
         self._end: weakref.finalize[Any, Decoders] | None = None
