@@ -3,7 +3,6 @@
 Legend: `N` positions, `S` samples, `L` tokens of a sample, `K` kept entries, `D` hidden width.
 """
 
-import io
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -346,7 +345,9 @@ class Store(Sequence[Sample]):
             raise CorruptObjectError("The manifest does not list a part of the sample table.", where=name)
         data = self._objects.content(name)
         try:
-            table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+            # no thread of Arrow's: one that still holds the bytes when the interpreter ends aborts the process
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
+            table = file.read(use_threads=False)
             rows = table["rows"].to_numpy()
             first = table["first_row"].to_numpy()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
