@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from read_data import records_of, report, write_presets
-from read_peers import BATCH, PEERS, Blocks, Records, collate, pack
+from read_peers import BATCH, IDS, PEERS, Blocks, Records, collate, pack
+
+from kdcache.store import open_store
 
 PRESETS = ("compact", "lossless", "raw")
 PACKED = ", packed"
@@ -94,9 +96,11 @@ def measure(side: str, folder: Path, workers: int) -> dict[str, float]:
 
 def prepare(
     folder: Path, source: Path | None, articles: int, repeat: int, wanted: set[str]
-) -> tuple[int, dict[str, float], list[str]]:
-    """Capture, write every side; return positions, bytes a position by side, and peers that are missing."""
+) -> tuple[dict[str, float], list[str]]:
+    """Capture, write every side; return bytes a position by side, and peers that are missing."""
     sizes = write_presets(folder, source, articles, repeat, PRESETS)
+    if open_store(folder / "kdcache raw").vocab_size > 1 << 8 * np.dtype(IDS).itemsize:
+        sys.exit("The peers' ids do not fit their type: set READ_IDS=u4.")
     missing = []
     records, positions = records_of(folder / "kdcache raw", pack)
     for name, (write, _, _) in PEERS.items():
@@ -114,7 +118,18 @@ def prepare(
             continue
         sizes[name] = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) / positions
     sizes[f"kdcache {PRESETS[0]}{PACKED}"] = sizes[f"kdcache {PRESETS[0]}"]
-    return positions, sizes, missing
+    return sizes, missing
+
+
+def described(folder: Path, arguments: argparse.Namespace) -> str:
+    """Say what data was read."""
+    store, teacher = open_store(folder), "SmolLM2-135M"
+    if arguments.store is not None:
+        teacher = open_store(arguments.store).manifest.part("teacher")["name"]
+    return (
+        f"Real heads of {teacher} (k = {store.k}, V = {store.vocab_size:,}), {store.num_positions:,} positions "
+        f"({store.num_positions // arguments.repeat:,} of them different) in {len(store):,} samples"
+    )
 
 
 def main() -> None:
@@ -136,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wanted = set(arguments.sides.split(";")) if arguments.sides else set(PEERS)
-        positions, sizes, missing = prepare(folder, arguments.store, arguments.articles, arguments.repeat, wanted)
+        sizes, missing = prepare(folder, arguments.store, arguments.articles, arguments.repeat, wanted)
         sides = [
             *(f"kdcache {one}" for one in PRESETS),
             f"kdcache {PRESETS[0]}{PACKED}",
@@ -154,7 +169,13 @@ def main() -> None:
                         missing.append(f"{side} at {workers} workers: {done.stderr.strip().splitlines()[-1]}")
                         continue
                     found.setdefault((side, workers), []).append(json.loads(done.stdout.splitlines()[-1]))
-        text = report(found, sizes, missing, positions, [int(one) for one in arguments.workers.split(",")])
+        text = report(
+            found,
+            sizes,
+            missing,
+            described(folder / "kdcache raw", arguments),
+            [int(one) for one in arguments.workers.split(",")],
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
     print(text)

@@ -84,7 +84,7 @@ def write_store(where: Path, samples: list[dict[str, np.ndarray]], kept: Kept, c
         chunk_rows=4096,
         vocab_size=len(counts),
         k=64,
-        teacher={"name": "SmolLM2-135M-Instruct"},
+        teacher={"name": "a captured one"},
         tokenizer=None,
         source={},
         capture={},
@@ -127,7 +127,7 @@ def report(
     found: dict[tuple[str, int], list[dict[str, float]]],
     sizes: dict[str, float],
     missing: list[str],
-    positions: int,
+    data: str,
     workers: list[int],
 ) -> str:
     """Return the results file."""
@@ -139,7 +139,7 @@ def report(
     sides = sorted({side for side, _ in found}, key=lambda side: -speed(side, workers[0]))
     lines = [
         heading("Reading shuffled flat batches"),
-        f"Real heads of SmolLM2-135M (k = 64, V = 49,152), {positions:,} positions in samples of about 100; batches of 16 samples. Positions/s in millions: median (lowest to "
+        f"{data}; batches of 16 samples. Positions/s in millions: median (lowest to "
         "highest) of processes taken in turns; the second epoch from the page cache, `cold` the first from disk with opening, verification and start in it. kdcache reads with two threads of its own process at 0 workers, with processes that share memory otherwise; the others are torch DataLoaders, whose workers stay between epochs. `packed` leaves ids and logits as they lie in the store, for the device to unpack. First batch (cold, with the side's imports) and peak memory "
         f"at {workers[0]} workers, peak of the reading process. `python benchmarks/read.py` repeats it.\n",
         "| side | bytes a position | "

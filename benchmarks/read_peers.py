@@ -3,6 +3,7 @@
 A peer is write(folder, records) and open(folder) -> (count, get), by sample or by block. All give the same flat batch (`collate`).
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import numpy as np
 import torch
 
 BATCH, BLOCK, POOL = 16, 512, 4
+IDS = os.environ.get("READ_IDS", "u2")
+"""Type of the peers' ids: READ_IDS=u4 for vocabularies over 65,536."""
+
 FIELDS = (
-    ("ids", "u2", 64),
+    ("ids", IDS, 64),
     ("logits", "f2", 64),
     ("tail", "i2", 8),
     ("label_logit", "f4", 1),
-    ("inputs", "u2", 1),
-    ("labels", "u2", 1),
+    ("inputs", IDS, 1),
+    ("labels", IDS, 1),
 )
 ROW = sum(np.dtype(kind).itemsize * width for _, kind, width in FIELDS)
 

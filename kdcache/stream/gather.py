@@ -178,6 +178,10 @@ class ShardReader:
     def _column(self, name: str, rows: NDArray[np.int64]) -> torch.Tensor:
         column = self._store.columns[name]
         parts = self._parts(name, rows)
+        if column.unit == "id" and parts.keys() == {""} and parts[""].dtype == np.uint32:
+            # a vocabulary ends far below 2**31: once that is checked, its ids are int32 as they lie there
+            self._require_ids(name, int(parts[""].max(initial=0)))
+            return torch.from_numpy(parts[""].view(np.int32))
         values = unpack(column.build(), parts) if is_packed(column) else torch.from_numpy(parts[""])
         if column.codec == RANKED:
             values = self._ids_by_rank.index_select(0, values.view(-1)).view(values.shape)
