@@ -33,6 +33,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Folder of a store, or URL of a shared one (hf, s3, gs, az, https).")
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", metavar="A,B", help="Optional columns to keep; inputs and targets always are."),
+]
+Top = Annotated[
+    int | None, typer.Option("--top", min=1, help="Entries to keep of each head; the others join the tail.")
+]
+Shards = Annotated[str | None, typer.Option("--shards", metavar="0:10", help="Shards to take.")]
+Samples = Annotated[str | None, typer.Option("--samples", metavar="0:1000", help="Samples to take, within the shards.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -155,21 +164,99 @@ def push(
 def pull(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a shared store; #blake3=DIGEST at its end pins it.")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder it goes to.")],
+    columns: Columns = None,
+    top: Top = None,
+    shards: Shards = None,
+    samples: Samples = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Bring a shared store to a folder; every object is verified as it arrives.
+    """Bring a shared store, or a part of it, to a folder; every object is verified as it arrives.
 
-    Stopped at any moment, the same command goes on. `kdcache train --store URL` needs no pull.
+    Of a part only the objects that it is made of are fetched. Stopped at any moment, the same command goes on.
+    `kdcache train --store URL` needs no pull.
 
-    Example: kdcache pull hf://datasets/me/wiki-logits stores/wiki
+    Example: kdcache pull hf://datasets/me/wiki-logits stores/wiki --shards 0:10 --top 16
     """
     from kdcache import display
     from kdcache.share import pull as run
 
+    if any(one is not None for one in (columns, top, shards, samples)):
+        select(url, out, columns, top, shards, samples, as_json, quiet)
+        return
     with display.bytes_progress("pull", quiet=quiet) as progress:
         result = run(url, out, progress=progress)
     _print(result.as_dict(), as_json, display.transfer)
+
+
+@app.command()
+def select(
+    store: StorePath,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
+    columns: Columns = None,
+    top: Top = None,
+    shards: Shards = None,
+    samples: Samples = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a part of a store to a new one: fewer columns, fewer entries of each head, some shards or samples.
+
+    Example: kdcache select stores/wiki --out stores/small --top 16 --samples 0:1000
+    """
+    from kdcache import display
+    from kdcache.edit import select as run
+
+    with display.count_progress("positions", quiet=quiet) as progress:
+        names = None if columns is None else [name for name in columns.split(",") if name]
+        result = run(store, out, columns=names, top=top, shards=shards, samples=samples, progress=progress)
+    _print(result.as_dict(), as_json, display.edited)
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="Folders or URLs, in order.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
+    skip_duplicates: Annotated[
+        bool, typer.Option("--skip-duplicates", help="Of samples with the same id keep the first.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the samples of several stores of one teacher to one.
+
+    Example: kdcache merge stores/wiki stores/news --out stores/both
+    """
+    from kdcache import display
+    from kdcache.edit import merge as run
+
+    with display.count_progress("positions", quiet=quiet) as progress:
+        result = run(stores, out, skip_duplicates=skip_duplicates, progress=progress)
+    _print(result.as_dict(), as_json, display.edited)
+
+
+@app.command()
+def add(
+    store: StorePath,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Folder or URL of the store that has the columns.")],
+    columns: Annotated[
+        list[str], typer.Option("--columns", metavar="OLD[=NEW]", help="Features to add; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a store with features of another, joined by sample id: another layer, or another teacher's.
+
+    Example: kdcache add stores/wiki stores/wiki-layers --columns hidden.12 --out stores/rich
+    """
+    from kdcache import display
+    from kdcache.edit import add as run
+
+    names = {old: new or old for old, _, new in (one.partition("=") for one in columns)}
+    with display.count_progress("positions", quiet=quiet) as progress:
+        result = run(store, other, out, columns=names, progress=progress)
+    _print(result.as_dict(), as_json, display.edited)
 
 
 @app.command()

@@ -73,6 +73,18 @@ def transfer(result: Result) -> None:
     _out.print(table)
 
 
+def edited(result: Result) -> None:
+    """Show what an edit has written."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name in ("samples", "positions"):
+        table.add_row(name, f"{result[name]:,}")
+    table.add_row("bytes", f"{size(result['bytes'])}, {result['bytes'] / result['positions']:.1f} a position")
+    table.add_row("digest", result["digest"])
+    _out.print(table)
+
+
 def first_samples(samples: list[Result]) -> None:
     """Show the first samples of a store, one table each."""
     for sample in samples:

@@ -1,6 +1,6 @@
 """Stage 1: run the teacher once over a source and write what it knew, resumable by shard."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from kdcache.capture.keep import columns_of, output_head_of
 from kdcache.capture.result import CaptureProgress, CaptureResult, SamplesProgress, result_of
 from kdcache.capture.run import WORK, Run
 from kdcache.capture.survey import MOST, entries_within, survey
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import MismatchError
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
-from kdcache.store import Begun, ShardPlan, StorePlan, StoreWriter, open_store
+from kdcache.store import Begun, StorePlan, StoreWriter, open_store, plan_shards
 from kdcache.store.commit import clear
 from kdcache.store.disk import storage_errors
 from kdcache.store.manifest import FILE
@@ -137,27 +137,6 @@ def _settled(config: CaptureConfig, k: int) -> CaptureConfig:
     if config.targets.bytes_per_position is None:
         return config
     return config.model_copy(update={"targets": config.targets.model_copy(update={"k": k})})
-
-
-def plan_shards(rows: "np.ndarray[Any, Any]", room: int) -> Iterator[ShardPlan]:
-    """Yield the shards that hold samples of these many rows in order, none straddling.
-
-    Raises:
-        ConfigError: A sample has more rows than a shard has room for.
-    """
-    if len(rows) and int(rows.max()) > room:
-        raise ConfigError(
-            f"A sample has {int(rows.max())} positions, and a shard has room for {room}.",
-            where="store.shard_positions",
-            hint="Raise store.shard_positions, or lower samples.max_length.",
-        )
-    first, held = 0, 0
-    for number, count in enumerate(rows.tolist()):
-        if held + count > room:
-            yield ShardPlan(first, number - first, held)
-            first, held = number, 0
-        held += count
-    yield ShardPlan(first, len(rows) - first, held)
 
 
 def _settings(config: CaptureConfig) -> dict[str, Any]:

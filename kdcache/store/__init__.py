@@ -7,7 +7,16 @@ from kdcache.store.progress import Progress, progress
 from kdcache.store.ranking import rank_by_count, ranks
 from kdcache.store.reader import Store, open_store
 from kdcache.store.rows import PackedShard, Sample, Shard, is_packed
-from kdcache.store.schema import Column, HiddenSpec, Kept, OutputHead, ShardPlan, StorePlan, standard_columns
+from kdcache.store.schema import (
+    Column,
+    HiddenSpec,
+    Kept,
+    OutputHead,
+    ShardPlan,
+    StorePlan,
+    plan_shards,
+    standard_columns,
+)
 from kdcache.store.writer import Begun, SampleTable, StoreWriter
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "is_packed",
     "load_manifest",
     "open_store",
+    "plan_shards",
     "progress",
     "rank_by_count",
     "ranks",

@@ -136,6 +136,17 @@ class Store(Sequence[Sample]):
             counts[owner] = counts.get(owner, 0) + one.bytes
         return counts
 
+    def with_columns(self, names: Sequence[str]) -> "Store":
+        """Return the same store as if it had only some of its columns; nothing is read of the others.
+
+        Raises:
+            ConfigError: It has no such column.
+        """
+        self._require_columns(names)
+        view = Store(self.path, self.manifest, origin=self.origin)
+        view._columns = {name: column for name, column in self._columns.items() if name in names}
+        return view
+
     def __len__(self) -> int:
         return self.manifest.samples
 

@@ -3,7 +3,7 @@
 Legend: `N` positions, `K` kept entries, `M` tail draws, `D` hidden width, `V` vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -110,6 +110,27 @@ class ShardPlan:
     first_sample: int
     samples: int
     rows: int
+
+
+def plan_shards(rows: NDArray[Any], room: int) -> Iterator[ShardPlan]:
+    """Yield the shards that hold samples of these many rows in order, none straddling.
+
+    Raises:
+        ConfigError: A sample has more rows than a shard has room for.
+    """
+    if len(rows) and int(rows.max()) > room:
+        raise ConfigError(
+            f"A sample has {int(rows.max())} positions, and a shard has room for {room}.",
+            where="store.shard_positions",
+            hint="Raise store.shard_positions, or lower samples.max_length.",
+        )
+    first, held = 0, 0
+    for number, count in enumerate(rows.tolist()):
+        if held + count > room:
+            yield ShardPlan(first, number - first, held)
+            first, held = number, 0
+        held += count
+    yield ShardPlan(first, len(rows) - first, held)
 
 
 @dataclass(frozen=True, slots=True)
