@@ -44,6 +44,10 @@ def layout_of(part: Part, shards: int, *, shard_rows: int, chunk_rows: int) -> d
     }
 
 
+HARMLESS = {"attributes", "dimension_names", "storage_transformers"}
+"""Members that say nothing about the bytes, or must be empty."""
+
+
 def require_layout(metadata: bytes, expected: dict[str, Any], where: str) -> None:
     """Refuse an array whose `zarr.json` lays it out in another way; another wording of the same passes.
 
@@ -51,6 +55,8 @@ def require_layout(metadata: bytes, expected: dict[str, Any], where: str) -> Non
         CorruptObjectError: It does.
     """
     found = strict_json(metadata, where)
+    if found.keys() - expected.keys() - HARMLESS or found.get("storage_transformers"):
+        raise CorruptObjectError("An array has members that no array of ours has.", where=where)
     if any(_plain(found.get(key)) != _plain(value) for key, value in expected.items()):
         raise CorruptObjectError("An array is not laid out as the manifest says.", where=where)
 

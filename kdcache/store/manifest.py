@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +23,24 @@ from kdcache.errors import (
 )
 from kdcache.fingerprint import canonical_json, digest_json, digest_without
 from kdcache.store.objects import Object, check_name
-from kdcache.store.schema import ALIGNMENT, Column
+from kdcache.store.schema import ALIGNMENT, MAX_SHARD_BYTES, Column, decoded_bytes
 
 FORMAT, VERSION = "kdcache", "1.1"
 FILE = "manifest.json"
 MAX_BYTES = 256 << 20
 MAX_DEPTH = 32
 MAX_ROWS, MAX_SHARDS, MAX_COLUMNS = 1 << 24, 10**6, 64
-MAX_K, MAX_VOCABULARY, MAX_ROW_BYTES, MAX_SHARD_BYTES = 1 << 24, 1 << 24, 1 << 28, 1 << 35
+MAX_K, MAX_VOCABULARY, MAX_ROW_BYTES, MAX_OBJECT_BYTES = 1 << 24, 1 << 24, 1 << 28, 1 << 33
+
+REQUIRED = (
+    "input_ids",
+    "labels",
+    "loss_mask",
+    "head_ids",
+    "head_logits",
+    "tail_log_partition",
+    "label_logit",
+)
 
 DIGEST = re.compile("[0-9a-f]{64}")
 OUTSIDE_DIGEST = ("digest", "provenance", "checksum")
@@ -115,11 +126,13 @@ def load_manifest(root: Path) -> Manifest:
         raise SourceError(
             "There is no store here.", where=str(root), hint="Give the folder that `capture --out` wrote."
         )
-    if path.is_symlink():
-        raise UnsafeError("The manifest is a link.", where=str(path))
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UnsafeError("The manifest is a link, or no regular file.", where=str(path))
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UnsafeError(f"The manifest is over {MAX_BYTES >> 20} MiB.", where=str(path))
+            data = file.read(MAX_BYTES)
     except FileNotFoundError as error:
         raise _incomplete(root) from error
     except OSError as error:
@@ -129,6 +142,8 @@ def load_manifest(root: Path) -> Manifest:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Return the checked manifest of its bytes; raises as `load_manifest`."""
+    if data.count(b"[") > 2 * MAX_SHARDS:  # each shard is a list: seen before they are made
+        raise UnsafeError("The manifest has too many shards.", where=where)
     document = strict_json(data, where)
     if document.get("format") != FORMAT or not isinstance(document.get("format_version"), str):
         raise UnsupportedError("This is not a kdcache manifest.", where=where)
@@ -203,6 +218,10 @@ def _checked(document: dict[str, Any]) -> Manifest:
     columns = tuple(_column(entry, shard_rows) for entry in document["columns"][: MAX_COLUMNS + 1])
     if len(columns) > MAX_COLUMNS or len({column.name for column in columns}) != len(columns):
         raise UnsafeError("The manifest has too many columns, or one twice.")
+    if lacking := [name for name in REQUIRED if name not in {column.name for column in columns}]:
+        raise UnsafeError(f"The manifest has no column {lacking[0]!r}.")
+    if (decoded := decoded_bytes(columns) * shard_rows) > MAX_SHARD_BYTES:
+        raise UnsafeError(f"A shard would need {decoded:,} bytes; {MAX_SHARD_BYTES:,} are allowed.")
     shards: list[ShardInfo] = []
     next_sample = 0
     if len(document["shards"]) > MAX_SHARDS:
@@ -220,9 +239,12 @@ def _checked(document: dict[str, Any]) -> Manifest:
     objects = {}
     for name in list(listed):
         entry = listed.pop(name)  # ten thousand shards have a hundred thousand: both forms at once are too much
-        objects[check_name(name)] = Object(_whole(entry["bytes"], 0, MAX_SHARD_BYTES), _hex(entry["digest"]))
+        objects[check_name(name)] = Object(_whole(entry["bytes"], 0, MAX_OBJECT_BYTES), _hex(entry["digest"]))
     if len({name.casefold() for name in objects}) != len(objects):
         raise UnsafeError("Two objects differ in nothing but case.")
+    needed = len(shards) * (1 + sum(len(column.arrays()) for column in columns))
+    if len(objects) < needed:
+        raise UnsafeError(f"The manifest lists {len(objects)} objects, and its shards have at least {needed}.")
     return Manifest(
         kind=kind,
         samples=next_sample,
@@ -253,11 +275,8 @@ def _column(entry: dict[str, Any], shard_rows: int) -> Column:
         compressed=entry.get("compressed", True) is not False,
     )
     codec(column.codec, column.parameters)  # an unknown codec is refused by name
-    row_bytes = 8
-    for size in shape:
-        row_bytes *= size
-    if row_bytes > MAX_ROW_BYTES or row_bytes * shard_rows > MAX_SHARD_BYTES:
-        raise UnsafeError(f"A shard of the column {column.name!r} would need {row_bytes * shard_rows:,} bytes.")
+    if decoded_bytes([column]) > MAX_ROW_BYTES:
+        raise UnsafeError(f"A row of the column {column.name!r} would need {decoded_bytes([column]):,} bytes.")
     for path, _part in column.arrays().values():
         check_name(path)
     if column.as_json() != entry:

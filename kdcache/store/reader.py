@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.codecs import Part, codec
@@ -23,6 +22,7 @@ from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
 from kdcache.store.objects import Objects
 from kdcache.store.ranking import read_ranking
 from kdcache.store.rows import PackedShard, Sample, Shard, is_packed, targets_of
+from kdcache.store.samples import read_samples
 from kdcache.store.schema import COUNTS, HEAD_CHUNK_ROWS, RANKED, Column, OutputHead
 
 if TYPE_CHECKING:
@@ -356,15 +356,13 @@ class Store(Sequence[Sample]):
             raise CorruptObjectError("The manifest does not list a part of the sample table.", where=name)
         data = self._objects.content(name)
         try:
-            # no thread of Arrow's: one that still holds the bytes when the interpreter ends aborts the process
-            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
-            table = file.read(use_threads=False)
+            table = read_samples(data, info.samples)
             rows = table["rows"].to_numpy()
             first = table["first_row"].to_numpy()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptObjectError(f"The sample table does not decode: {error}.", where=name) from error
         begin = index * self.manifest.shard_rows + np.concatenate([[0], np.cumsum(rows.astype(np.int64))])
-        if len(table) != info.samples or begin[-1] - begin[0] != info.rows or not np.array_equal(first, begin[:-1]):
+        if rows.min() < 1 or begin[-1] - begin[0] != info.rows or not np.array_equal(first, begin[:-1]):
             raise CorruptObjectError("The sample table does not fit the shard.", where=name)
         return table
 

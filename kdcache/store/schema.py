@@ -3,6 +3,7 @@
 Legend: `N` positions, `K` kept entries, `M` tail draws, `D` hidden width, `V` vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,9 +28,11 @@ RANKED = "ranked"
 MASKED, COUNTS, INVALID = 0, 1, 2
 """Values of the column `loss_mask`: the label does not count, counts, or the teacher's row was not finite."""
 
-
 HEAD_CHUNK_ROWS = 4096
 """Rows of a chunk of the output head's weight."""
+
+MAX_SHARD_BYTES = 8 << 30
+"""Of a decoded shard, all columns together: what a reader may be made to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,11 @@ class ShardPlan:
     rows: int
 
 
+def decoded_bytes(columns: Sequence[Column]) -> int:
+    """Return the bytes of a decoded row of some columns; Python's numbers do not overflow."""
+    return sum(math.prod(one.shape, start=np.dtype(one.build().dtype).itemsize) for one in columns)
+
+
 def plan_shards(rows: NDArray[Any], room: int) -> Iterator[ShardPlan]:
     """Yield the shards that hold samples of these many rows in order, none straddling.
 
@@ -182,6 +190,12 @@ class StorePlan:
             )
         if not 1 <= self.k <= self.vocab_size:
             raise ConfigError(f"k = {self.k} is not in 1 to the vocabulary of {self.vocab_size}.", where="targets.k")
+        if (decoded := decoded_bytes(self.columns) * self.shard_rows) > MAX_SHARD_BYTES:
+            raise ConfigError(
+                f"A shard would have {decoded:,} bytes when decoded; {MAX_SHARD_BYTES:,} are allowed.",
+                where="store.shard_positions",
+                hint="Lower store.shard_positions: readers hold several shards at once.",
+            )
         if any(column.codec == RANKED for column in self.columns) != (self.ranking is not None):
             raise ConfigError("Columns kept as ranks need a ranking, and others none.", where="store.preset")
 
