@@ -123,15 +123,31 @@ def verify(
         str | None, typer.Option(help="Also compare rows with this live model (folder, hub name, GGUF).")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Positions to compare with the live teacher.")] = 256,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what is damaged, by --mirror or --config.")] = False,
+    mirror: Annotated[str | None, typer.Option(help="Folder or URL of a copy that damaged objects come from.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Config of the capture: damaged shards are made again.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check every digest and row count of a store, and optionally its rows against the live teacher."""
+    """Check every digest and row count of a store, and optionally its rows against the live teacher.
+
+    Example: kdcache verify stores/wiki --repair --mirror s3://bucket/wiki
+    """
     from kdcache import display
     from kdcache.verify import verify as run
 
+    if repair and mirror is None and config is None:
+        raise ConfigError("There is nothing to repair it with.", where="--repair", hint="Give --mirror or --config.")
     with display.count_progress("objects", quiet=quiet) as progress:
         report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
+        if repair and report.problems:
+            from kdcache.capture.config import CaptureConfig
+            from kdcache.config import load_config
+            from kdcache.repair import repair as mend
+
+            settings = None if config is None else load_config(CaptureConfig, config)
+            mend(store, report.problems, mirror=mirror, config=settings)
+            report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
     _print(report.as_dict(), as_json, display.verify_report)
     if report.problems:
         raise typer.Exit(3)

@@ -74,7 +74,7 @@ def capture(
         )
     begun = StoreWriter.begun(root)
     while True:
-        settled, plan = _planned(config, model, samples, begun, source.fingerprint, tokenizer)
+        settled, plan = planned(config, model, samples, begun, source.fingerprint, tokenizer)
         try:
             writer = StoreWriter.open(root, plan)
             break
@@ -85,7 +85,7 @@ def capture(
     return Run(settled, model, samples, writer, progress).run()
 
 
-def _planned(
+def planned(
     config: CaptureConfig,
     model: Teacher,
     samples: SampleSet,
@@ -93,6 +93,16 @@ def _planned(
     source: dict[str, Any],
     tokenizer: Any,
 ) -> tuple[CaptureConfig, StorePlan]:
+    """Return the config with its k settled, and the plan of the store that it makes.
+
+    Args:
+        config: The capture.
+        model: Its teacher.
+        samples: All samples.
+        begun: What a store has settled already, or None.
+        source: Fingerprint of the source.
+        tokenizer: The teacher's, or None.
+    """
     config, ranking = _looked(config, model, samples, begun)
     plan = StorePlan(
         kind="causal_lm",
@@ -149,4 +159,4 @@ def _settings(config: CaptureConfig) -> dict[str, Any]:
     }
 
 
-__all__ = ["CaptureProgress", "CaptureResult", "SamplesProgress", "capture", "plan_shards"]
+__all__ = ["CaptureProgress", "CaptureResult", "SamplesProgress", "capture", "plan_shards", "planned"]

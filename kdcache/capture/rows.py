@@ -95,6 +95,11 @@ class RowMaker:
             done(self._land(made, flying, starts))
         return made
 
+    def identities(self, first: int, count: int) -> tuple[list[str], Array]:
+        """Return ids and positions of samples first to first + count."""
+        names = [self._samples[number].id for number in range(first, first + count)]
+        return names, self._samples.lengths[first : first + count] - 1
+
     def _batches(self, rows: Array) -> Iterator[Array]:
         order = np.argsort(-rows, kind="stable")
         start = 0

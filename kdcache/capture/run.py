@@ -105,12 +105,7 @@ class Run:
             self._wasted += self._made - begun
             return
         self._retries += made.retries
-        numbers = range(plan.first_sample, plan.first_sample + plan.samples)
-        table = SampleTable(
-            [self._samples[number].id for number in numbers],
-            self._samples.lengths[plan.first_sample : plan.first_sample + plan.samples] - 1,
-            made.pooled,
-        )
+        table = SampleTable(*rows.identities(plan.first_sample, plan.samples), made.pooled)
         self._settle()
         self._pending = behind.submit(self._write, index, made.columns, table)
 

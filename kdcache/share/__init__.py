@@ -1,6 +1,6 @@
 """Send a store to a place that others read from, and bring one here: data first, manifest last, verified on arrival."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,28 +151,6 @@ def pull(
     return Transfer(place.url, store.digest, pin, len(listed), store.nbytes, counts["objects"], counts["bytes"])
 
 
-def fetch_missing(store: Store, names: Iterable[str], mirror: str) -> list[str]:
-    """Put objects of a store in a folder anew from a copy of it elsewhere; return those that were put.
-
-    Args:
-        store: A store in a folder.
-        names: Of objects that are missing or damaged.
-        mirror: URL or folder of a copy with the same digest.
-
-    Raises:
-        MismatchError: The copy is another store.
-        MissingObjectError, CorruptObjectError, AccessError: The copy lacks an object, or has it damaged too.
-    """
-    copy = open_store(mirror, digest=store.digest)
-    mended = []
-    for name in names:
-        if name in store.manifest.objects:
-            (store.path / name).unlink(missing_ok=True)
-            write_object(store.path, name, copy.content(name))
-            mended.append(name)
-    return mended
-
-
 def _fetched(place: Remote, name: str, expected: Object, stopped: Callable[[], bool]) -> bytes:
     try:
         return fetch(place, name, size=expected.bytes, digest=expected.digest, stopped=stopped)
@@ -235,4 +213,4 @@ def _require_arrived(place: Remote, listed: Any) -> None:
         )
 
 
-__all__ = ["Transfer", "fetch_missing", "pull", "push"]
+__all__ = ["Transfer", "pull", "push"]

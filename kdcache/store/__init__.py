@@ -2,6 +2,7 @@
 
 from kdcache.store.arrays import encoded_bytes
 from kdcache.store.check import Problem, check
+from kdcache.store.encode import SampleTable, shard_objects, start_objects
 from kdcache.store.manifest import VERSION, Manifest, ShardInfo, load_manifest
 from kdcache.store.progress import Progress, progress
 from kdcache.store.ranking import rank_by_count, ranks
@@ -17,7 +18,7 @@ from kdcache.store.schema import (
     plan_shards,
     standard_columns,
 )
-from kdcache.store.writer import Begun, SampleTable, StoreWriter
+from kdcache.store.writer import Begun, StoreWriter
 
 __all__ = [
     "VERSION",
@@ -47,5 +48,7 @@ __all__ = [
     "progress",
     "rank_by_count",
     "ranks",
+    "shard_objects",
     "standard_columns",
+    "start_objects",
 ]

@@ -7,9 +7,9 @@ import numpy as np
 
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.remotes import listing
+from kdcache.store.encode import token_digest
 from kdcache.store.objects import locate
 from kdcache.store.reader import Store
-from kdcache.store.writer import token_digest
 
 
 @dataclass(frozen=True, slots=True)

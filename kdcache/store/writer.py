@@ -3,46 +3,27 @@
 Legend: `N` positions of a shard, `S` its samples.
 """
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdcache.codecs import codec
-from kdcache.errors import AccessError, CorruptObjectError, IncompleteStoreError, MismatchError, TeacherNumericsError
-from kdcache.fingerprint import canonical_json, digest_bytes, digest_json
+from kdcache.errors import AccessError, CorruptObjectError, IncompleteStoreError, MismatchError
+from kdcache.fingerprint import canonical_json, digest_json
 from kdcache.store import disk
-from kdcache.store.arrays import array_metadata, encode_column, encode_shard, group_metadata
 from kdcache.store.commit import STAGING, Claims, Stage, clear, put, settle
 from kdcache.store.disk import storage_errors
+from kdcache.store.encode import SampleTable, shard_objects, start_objects
 from kdcache.store.manifest import FILE, FORMAT, VERSION, load_manifest, seal, strict_json
 from kdcache.store.objects import Object, Objects
 from kdcache.store.progress import PLAN_FILE, committed, receipt_name
-from kdcache.store.ranking import ranking_objects, ranks, read_ranking
-from kdcache.store.schema import ALIGNMENT, COUNTS, HEAD_CHUNK_ROWS, INVALID, OutputHead, StorePlan
+from kdcache.store.ranking import ranks, read_ranking
+from kdcache.store.schema import ALIGNMENT, COUNTS, INVALID, StorePlan
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SampleTable:
-    """The samples of one shard, in order.
-
-    Attributes:
-        ids: One stable, unique id each.
-        rows: int [S], positions of each.
-        extra: Further columns of the sample table, each [S, ...] float32 (pooled features).
-    """
-
-    ids: Sequence[str]
-    rows: Array
-    extra: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +122,8 @@ class StoreWriter:
         stage = None
         try:
             stage = Stage(self.root, self._claims.writer, f"{index:05d}")
-            self._stage(stage, index, columns, samples)
+            for name, data in shard_objects(self.plan, self._ranks, index, columns, samples):
+                stage.write(name, data)
             receipt = {
                 "store_id": self._store_id,
                 "shard": index,
@@ -181,22 +163,6 @@ class StoreWriter:
         for index in sorted(everything, key=lambda shard: self._claims.turn(shard, len(everything))):
             if index not in mine and not self.overtaken(index):
                 yield index
-
-    def _stage(self, stage: Stage, index: int, columns: Mapping[str, Array], samples: SampleTable) -> None:
-        for column in self.plan.columns:
-            values = np.asarray(columns[column.name])
-            rows = {"shard_rows": self.plan.shard_rows, "chunk_rows": self.plan.chunk_rows}
-            try:
-                made = encode_column(column, values, self._ranks, **rows)
-            except ValueError as error:
-                raise TeacherNumericsError(
-                    f"The column {column.name} cannot be kept: {error}.",
-                    where=f"shard {index}",
-                    hint="Set targets.logits (or the layer's dtype) to float32, or on_invalid to skip.",
-                ) from error
-            for (path, suffix), data in made.items():
-                stage.write(f"{path}/c/{index}{suffix}", data)
-        stage.write(f"samples/{index:05d}.parquet", self._sample_table(index, columns, samples))
 
     def _settle_shards(self) -> None:
         """Put in place what writers committed and had no time to; they say so by what they left."""
@@ -290,34 +256,6 @@ class StoreWriter:
                         where=f"shard {index}",
                     )
 
-    def _sample_table(self, index: int, columns: Mapping[str, Array], samples: SampleTable) -> bytes:
-        rows = np.asarray(samples.rows, dtype=np.int64)
-        ends = np.cumsum(rows)
-        shifted = int(self.plan.kind == "causal_lm")
-        digests = [
-            token_digest(columns["input_ids"][end - count : end], columns["labels"][end - count : end])
-            for end, count in zip(ends.tolist(), rows.tolist(), strict=True)
-        ]
-        table: dict[str, Any] = {
-            "sample_id": pa.array(list(samples.ids), pa.string()),
-            "first_row": pa.array(index * self.plan.shard_rows + ends - rows, pa.int64()),
-            "rows": pa.array(rows, pa.int32()),
-            "tokens": pa.array(rows + shifted, pa.int32()),
-            "token_digest": pa.array(digests, pa.binary(16)),
-        }
-        for name, values in samples.extra.items():
-            flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
-            table[name] = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
-        sink = io.BytesIO()
-        pq.write_table(pa.table(table), sink, compression="zstd", write_page_checksum=True)
-        return sink.getvalue()
-
-
-def token_digest(input_ids: Array, labels: Array) -> bytes:
-    """Return the 16-byte identity of a sample's tokens: BLAKE3 over its inputs and last label as int64."""
-    tokens = np.append(np.asarray(input_ids, dtype="<i8"), np.asarray(labels[-1:], dtype="<i8"))
-    return bytes.fromhex(digest_bytes(tokens.tobytes())[:32])
-
 
 def differing(old: Any, new: Any, key: str = "") -> list[str]:
     """Return one line for each place where two JSON values differ."""
@@ -335,7 +273,7 @@ def differing(old: Any, new: Any, key: str = "") -> list[str]:
 def _begin(root: Path, plan: StorePlan) -> None:
     stage = Stage(root, Claims(root).writer, "start")
     try:
-        for name, data in _start_objects(plan):
+        for name, data in start_objects(plan):
             stage.write(name, data)
         begun = {
             "format": FORMAT,
@@ -350,35 +288,6 @@ def _begin(root: Path, plan: StorePlan) -> None:
         # who comes first clears away what others staged
         if not isinstance(error, AccessError) or stage.named or not (root / PLAN_FILE).is_file():
             raise
-
-
-def _start_objects(plan: StorePlan) -> Iterator[tuple[str, bytes]]:
-    """Yield what a store has before its first shard, by name."""
-    for name in ["zarr.json", "columns/zarr.json"] + (["output_head/zarr.json"] if plan.output_head else []):
-        yield name, group_metadata()
-    for column in plan.columns:
-        for path, layout in column.arrays().values():
-            rows = {"shard_rows": plan.shard_rows, "chunk_rows": plan.chunk_rows}
-            yield f"{path}/zarr.json", array_metadata(layout, len(plan.shards), **rows)
-    for file, content in plan.tokenizer_files.items():
-        yield f"tokenizer/{file}", content
-    if plan.output_head:
-        yield from _head_objects(plan.output_head)
-    if plan.ranking is not None:
-        yield from ranking_objects(plan.ranking)
-
-
-def _head_objects(head: OutputHead) -> Iterator[tuple[str, bytes]]:
-    for name, values in (("weight", head.weight), ("bias", head.bias)):
-        if values is None:
-            continue
-        kept = codec(head.codec)
-        rows = -(-len(values) // HEAD_CHUNK_ROWS) * HEAD_CHUNK_ROWS
-        part = kept.parts(values.shape[1:])[""]
-        path = f"output_head/{name}"
-        suffix, data = encode_shard(part, kept.encode(values)[""], shard_rows=rows, chunk_rows=HEAD_CHUNK_ROWS)
-        yield f"{path}/zarr.json", array_metadata(part, 1, shard_rows=rows, chunk_rows=HEAD_CHUNK_ROWS)
-        yield f"{path}/c/0{suffix}", data
 
 
 def _listed(objects: Mapping[str, Object]) -> dict[str, Any]:

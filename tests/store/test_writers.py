@@ -90,14 +90,14 @@ def test_both_may_begin_the_store_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     """Between the look for a plan and the plan's being put, another writer begins and finishes the whole store."""
     from kdcache.store import writer
 
-    begin = writer._start_objects
+    begin = writer.start_objects
 
     def late(plan: object) -> object:
-        monkeypatch.setattr(writer, "_start_objects", begin)
+        monkeypatch.setattr(writer, "start_objects", begin)
         work(tmp_path / "s", 1)
         return begin(plan)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writer, "_start_objects", late)
+    monkeypatch.setattr(writer, "start_objects", late)
     assert opened(tmp_path / "s").digest == alone
     assert check(open_store(tmp_path / "s")) == []
 
