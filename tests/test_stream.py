@@ -94,6 +94,46 @@ def test_resuming_at_every_step_gives_the_same_future(store: Store, workers: int
         assert rest == whole[step:], f"resumed after {step}"
 
 
+def dealt(loaders: list[Loader], steps: int) -> list[list[int]]:
+    """The samples of every global batch of an epoch's rest, whichever rank has them."""
+    parts = [numbers(list(one)) for one in loaders]
+    assert {len(one) for one in parts} == {steps}
+    return [sorted(number for part in parts for number in part[step]) for step in range(steps)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_stopped_anywhere_on_any_ranks_and_workers_it_goes_on_with_the_same_batches(
+    tmp_path_factory: pytest.TempPathFactory, workers: int, before: int, after: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "matrix"
+    if not folder.exists():
+        tiny.write_store(folder, rows=[(5, 9, 7, 4, 8)] * 12)
+    store, batch, steps = open_store(folder), 12, 5
+
+    def loaders(ranks: int, count: int) -> list[Loader]:
+        made = {"batch_size": batch // ranks, "world_size": ranks, "workers": count, "pool_shards": 3}
+        return [Loader(store, StreamConfig(rank=rank, **made)) for rank in range(ranks)]
+
+    whole = [dealt(epoch, steps) for epoch in [loaders(1, 0)] for _ in range(2)]
+    for stop in range(steps + 1) if workers == 0 else (0, 2, steps):
+        states = []
+        for one in loaders(before, 0):
+            for seen, _ in enumerate(one):
+                if seen + 1 == stop:
+                    break
+            states.append(one.state_dict() if stop else Loader(store, one.config).state_dict())
+        if stop == steps:  # the epoch is over: what comes is the next
+            states = [{**state, "epoch": 1, "batches": 0} for state in states]
+        assert all(state == states[0] for state in states)
+        resumed = loaders(after, workers)
+        for one in resumed:
+            one.load_state_dict(states[0])
+        expected = whole[1] if stop == steps else whole[0][stop:]
+        assert dealt(resumed, len(expected)) == expected
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_do_not_change_the_order(store: Store, workers: int) -> None:
     alone = numbers(list(Loader(store, StreamConfig(batch_size=2))))
