@@ -6,7 +6,8 @@ that ignores ranges, changes an object under way or answers with something else 
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -150,35 +151,26 @@ def fetch(
         AccessError: It may not be read, or the place could not be reached in time.
         CorruptObjectError: It came whole twice, and is not what it should be.
     """
-    patience = patience or Patience()
-    waited, wrong = 0.0, 0
-    for number in range(patience.tries):
+    wrong = 0
+
+    def attempt() -> bytes:
+        nonlocal wrong
         if stopped():
             raise Interrupted("The transfer was stopped.", where=f"{place.url}/{name}")
-        wait = 0.0
-        try:
-            data = place.get(name, limit if size is None else size, patience.stall)
-            if (size is None or len(data) == size) and (digest is None or digest_bytes(data) == digest):
-                return data
-            what, wrong = _difference(data, size), wrong + 1
-            if wrong == 2:
-                raise CorruptObjectError(
-                    f"An object is not what the manifest says: {what}.",
-                    where=f"{place.url}/{name}",
-                    hint="Tell whoever shares the store; nothing of this object was used.",
-                )
-        except TransientError as error:
-            what, wait = error.what, error.wait
-        wait = max(wait, patience.backoff(number))
-        waited += wait
-        if waited > patience.outage or number + 1 == patience.tries:
-            break
-        time.sleep(wait)
-    raise AccessError(
-        f"The place did not answer as it should, in {number + 1} tries: {what}.",
-        where=f"{place.url}/{name}",
-        hint="Check the network and the URL, and run the same command again: what was fetched is kept.",
-    )
+        wait = (patience or Patience()).stall
+        data = place.get(name, limit if size is None else size, wait)
+        if (size is None or len(data) == size) and (digest is None or digest_bytes(data) == digest):
+            return data
+        what, wrong = _difference(data, size), wrong + 1
+        if wrong == 2:
+            raise CorruptObjectError(
+                f"An object is not what the manifest says: {what}.",
+                where=f"{place.url}/{name}",
+                hint="Tell whoever shares the store; nothing of this object was used.",
+            )
+        raise TransientError(what)
+
+    return _patiently(attempt, f"{place.url}/{name}", patience or Patience())
 
 
 def send(
@@ -195,21 +187,29 @@ def send(
     Raises:
         AccessError: It may not be written, or the place could not be reached in time.
     """
-    _patiently(lambda: place.put(objects, last=last), place, patience or Patience())
+    with _present(place):
+        _patiently(lambda: place.put(objects, last=last), place.url, patience or Patience())
 
 
 def listing(place: Remote, patience: Patience | None = None) -> dict[str, int]:
     """Return the bytes of every object of a place, as `Remote.sizes` does, with patience; errors as `send`."""
-    return _patiently(place.sizes, place, patience or Patience())
+    with _present(place):
+        return _patiently(place.sizes, place.url, patience or Patience())
 
 
-def _patiently(act: Callable[[], T], place: Remote, patience: Patience) -> T:
+@contextmanager
+def _present(place: Remote) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise AccessError("There is no such bucket or repository.", where=place.url) from error
+
+
+def _patiently(act: Callable[[], T], where: str, patience: Patience) -> T:
     waited = 0.0
     for number in range(patience.tries):
         try:
             return act()
-        except FileNotFoundError as error:
-            raise AccessError("There is no such bucket or repository.", where=place.url) from error
         except TransientError as error:
             what = error.what
             wait = max(error.wait, patience.backoff(number))
@@ -218,9 +218,9 @@ def _patiently(act: Callable[[], T], place: Remote, patience: Patience) -> T:
             break
         time.sleep(wait)
     raise AccessError(
-        f"The place did not do what it was asked to, in {number + 1} tries: {what}.",
-        where=place.url,
-        hint="Check the network and run the same command again: what was sent stays.",
+        f"The place did not answer as it should, in {number + 1} tries: {what}.",
+        where=where,
+        hint="Check the network and the URL, and run the same command again: what was moved stays.",
     )
 
 
