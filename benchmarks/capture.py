@@ -35,7 +35,7 @@ def bare(model: Any, samples: SampleSet, batches: list[np.ndarray]) -> float:
     """Return the seconds of the model's own forward passes."""
     began = time.perf_counter()
     for batch in batches:
-        ids, mask = padded([samples[int(number)].tokens[:-1] for number in batch], torch.device("cpu"))
+        ids, mask, _ = padded([samples[int(number)].tokens[:-1] for number in batch], torch.device("cpu"))
         model(input_ids=ids, attention_mask=mask.long())
     return time.perf_counter() - began
 
