@@ -1,12 +1,15 @@
 """A store on a web server: whatever the server does, what comes is what was captured, or an error says why not."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from kdcache import remotes
+from kdcache.cli import app
 from kdcache.errors import (
     AccessError,
     ConfigError,
@@ -179,3 +182,15 @@ def test_unknown_places_and_writing_to_a_web_server_are_refused(server: web.WebS
         open_store("gopher://host/s")
     with pytest.raises(AccessError, match="Nothing can be written"):
         connect(server.url).put([("x", b"")])
+
+
+def test_pull_takes_a_part(server: web.WebServer, local: Store, tmp_path: Path) -> None:
+    line = ["pull", f"{server.url}/s", str(tmp_path / "part"), "--shards", "1", "--top", "3", "-q", "--json"]
+    done = CliRunner().invoke(app, line, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    part = open_store(tmp_path / "part")
+    assert json.loads(done.stdout)["digest"] == part.digest
+    assert (part.k, [one.id for one in part]) == (3, [local[number].id for number in (3, 4)])
+    whole = CliRunner().invoke(app, ["pull", f"{server.url}/s", str(tmp_path / "whole"), "-q", "--json"])
+    assert json.loads(whole.stdout)["digest"] == local.digest
+    assert check(open_store(tmp_path / "whole")) == []
