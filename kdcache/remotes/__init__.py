@@ -156,9 +156,12 @@ def fetch(
     def attempt() -> bytes:
         nonlocal wrong
         if stopped():
-            raise Interrupted("The transfer was stopped.", where=f"{place.url}/{name}")
-        wait = (patience or Patience()).stall
-        data = place.get(name, limit if size is None else size, wait)
+            raise Interrupted(
+                "The transfer was stopped; what arrived is kept.",
+                where=f"{place.url}/{name}",
+                hint="Run the same command again; it goes on from there.",
+            )
+        data = place.get(name, limit if size is None else size, (patience or Patience()).stall)
         if (size is None or len(data) == size) and (digest is None or digest_bytes(data) == digest):
             return data
         what, wrong = _difference(data, size), wrong + 1

@@ -125,30 +125,30 @@ def pull(
             where=str(root),
             hint="Choose another folder.",
         )
-    counts = {"objects": 0, "bytes": 0, "done": 0}
+    manifest = (store.path / FILE).read_bytes()  # now: the cache may let go of it while the objects come
+    done = moved_objects = moved_bytes = 0
     with stop_signals() as stopped, ThreadPoolExecutor(AT_ONCE, thread_name_prefix="kdcache-pull") as pool:
 
-        def one(item: tuple[str, Object]) -> None:
-            name, expected = item
-            if not _is_there(root, name, expected):
-                data = _fetched(place, name, expected, stopped.is_set)
-                write_object(root, name, data)
-                counts["objects"] += 1
-                counts["bytes"] += expected.bytes
-            counts["done"] += expected.bytes
-            if progress:
-                progress(counts["done"], store.nbytes)
+        def one(name: str, expected: Object) -> bool:
+            if _is_there(root, name, expected):
+                return False
+            write_object(root, name, _fetched(place, name, expected, stopped.is_set))
+            return True
 
-        tasks = [pool.submit(one, item) for item in listed.items()]
+        tasks = {pool.submit(one, name, expected): expected.bytes for name, expected in listed.items()}
         try:
-            for task in tasks:
-                task.result()
+            for task, size in tasks.items():
+                if task.result():
+                    moved_objects, moved_bytes = moved_objects + 1, moved_bytes + size
+                done += size
+                if progress:
+                    progress(done, store.nbytes)
         finally:
             for task in tasks:
                 task.cancel()
-    write_object(root, FILE, (store.path / FILE).read_bytes())
+    write_object(root, FILE, manifest)
     pin = f"{place.url}#blake3={store.digest}"
-    return Transfer(place.url, store.digest, pin, len(listed), store.nbytes, counts["objects"], counts["bytes"])
+    return Transfer(place.url, store.digest, pin, len(listed), store.nbytes, moved_objects, moved_bytes)
 
 
 def _fetched(place: Remote, name: str, expected: Object, stopped: Callable[[], bool]) -> bytes:
