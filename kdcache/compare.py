@@ -145,7 +145,7 @@ def _table(
     rows = [
         [
             "teacher",
-            f"{first['teacher_perplexity']:.1f}",
+            "?" if first["teacher_perplexity"] is None else f"{first['teacher_perplexity']:.1f}",
             "0",
             "1",
             f"{captured['positions_per_second']:,.0f}",

@@ -117,7 +117,7 @@ def _sample(
             "input": decode([sample.input_ids[row]]),
             "label": decode([sample.labels[row]]),
             "counts": bool(sample.loss_mask[row]),
-            "label_probability": math.exp(label[row]),
+            "label_probability": None if math.isnan(label[row]) else math.exp(label[row]),
             "tail_mass": float(tails[row]),
             "candidates": [
                 {

@@ -73,6 +73,21 @@ def transfer(result: Result) -> None:
     _out.print(table)
 
 
+def converted(result: Result) -> None:
+    """Show what `convert` has written, and what did not come along."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name in ("samples", "positions", "files"):
+        table.add_row(name, f"{result[name]:,}")
+    table.add_row("store", escape(result["digest"][:16]))
+    for reason, count in result["counts"].items():
+        table.add_row(escape(reason), f"{count:,} positions")
+    _out.print(table)
+    for sentence in result["lost"]:
+        _out.print(f"Lost: {escape(sentence)}", style="yellow")
+
+
 def edited(result: Result) -> None:
     """Show what an edit has written."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -99,7 +114,7 @@ def first_samples(samples: list[Result]) -> None:
                 str(row["row"]),
                 text(repr(row["input"])),
                 text(repr(row["label"]) + mark),
-                f"{row['label_probability']:.3f}",
+                "?" if row["label_probability"] is None else f"{row['label_probability']:.3f}",
                 f"{row['tail_mass']:.3f}",
                 text(candidates),
             )

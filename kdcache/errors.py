@@ -16,6 +16,7 @@ The tree (codes are never reused; exit codes are those of the command line):
     │   ├── UnsafeError           KD302  4   a path, size or type that a stranger's store may not have
     │   └── MismatchError         KD303  4   teacher, tokenizer, vocabulary, source or config differ
     ├── AccessError               KD400  5   permission or network
+    │   └── OutageError           KD401  75  a place did not answer for longer than it is waited for; try again later
     ├── StorageFullError          KD500  6   no space left; nothing committed is lost
     ├── TeacherError              KD600  7   the teacher failed
     │   ├── TeacherNumericsError  KD601  7   NaN or infinite logits
@@ -145,6 +146,13 @@ class AccessError(KdcacheError):
 
     code = "KD400"
     exit_code = 5
+
+
+class OutageError(AccessError):
+    """A place did not answer for longer than it is waited for; the same command goes on once it does."""
+
+    code = "KD401"
+    exit_code = 75
 
 
 class StorageFullError(KdcacheError):

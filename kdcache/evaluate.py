@@ -28,7 +28,7 @@ class Metrics:
         kl_kind: "exact", or "a lower bound" where the store keeps no last hidden state.
         top1_agreement: Share of positions where both put the same id first.
         accuracy: Share of positions where the student puts the label first.
-        teacher_perplexity: The teacher's, from the store.
+        teacher_perplexity: The teacher's, from the store; None where it did not tell every label's probability.
         positions: Counted.
         tokens_per_second: Of this evaluation.
         parameters: Weights of the student.
@@ -42,7 +42,7 @@ class Metrics:
     kl_kind: str
     top1_agreement: float
     accuracy: float
-    teacher_perplexity: float
+    teacher_perplexity: float | None
     positions: int
     tokens_per_second: float
     parameters: int

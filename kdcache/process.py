@@ -11,10 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+STOP_SECONDS = 20.0
+"""After SIGTERM; what has not ended by then is ended. The environment variable KDCACHE_STOP_SECONDS sets another."""
+
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Give an event that SIGTERM or the first Ctrl-C sets; a second one acts as usual.
+
+    After SIGTERM the program has `STOP_SECONDS` to leave the context; then it is ended where it stands, with the exit
+    code of an interrupted run: whoever sent the signal is about to send one that cannot be caught, and what is
+    committed survives either.
 
     A signal that the program was started to ignore (`nohup`, a shell's background job) stays ignored. Outside the main
     thread, where Python delivers no signals, the event is never set.
@@ -29,14 +36,25 @@ def stop_signals() -> Iterator[threading.Event]:
     def stop(number: int, _frame: Any) -> None:
         stopped.set()
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+        if number == signal.SIGTERM and not late.is_alive():
+            late.start()
 
+    late = threading.Timer(float(os.environ.get("KDCACHE_STOP_SECONDS", STOP_SECONDS)), _end)
+    late.daemon = True
     for number in before:
         signal.signal(number, stop)
     try:
         yield stopped
     finally:
+        late.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end() -> None:
+    sys.stderr.write("kdcache: asked to stop, the work at hand did not end in time; it is left to be done again\n")
+    sys.stderr.flush()
+    os._exit(75)
 
 
 def peak_memory_bytes() -> int:

@@ -72,9 +72,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> list[str]:
-    """Return one line for each way in which two fingerprints differ; the pad token and chat template are no difference.
+    """Return one line for each way in which two fingerprints differ.
 
-    Padding is the student's own affair; a chat template matters when text is made, and a store keeps ids.
+    The pad token is the student's own affair. A chat template is one only where both have one: a student without it
+    learns the teacher's from the store's ids, a student with another would be asked in words that it was not taught.
     """
     if ours is None or theirs is None:
         return []
@@ -83,6 +84,9 @@ def differences(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> l
         for name in ("vocabulary", "vocabulary_size", "probes")
         if ours.get(name) != theirs.get(name)
     ]
+    templates = [one.get("chat_template") for one in (theirs, ours)]
+    if templates[0] != templates[1] and digest_json("") not in templates:
+        lines.append("chat_template differs (set student.any_template=true where that is meant)")
     special = [(name, theirs["special"].get(name), ours["special"].get(name)) for name in ("bos", "eos", "unk")]
     return lines + [f"{name} token is {a} here, {b} in the store" for name, a, b in special if a != b]
 

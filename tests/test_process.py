@@ -50,6 +50,19 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_what_does_not_end_in_time_is_ended() -> None:
+    code = (
+        "import os, signal, time\nfrom kdcache.process import stop_signals\nwith stop_signals() as stopped:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    stopped.wait()\n    time.sleep({})\nprint('done')"
+    )
+    environment = {**os.environ, "KDCACHE_STOP_SECONDS": "1"}
+    for seconds, status in ((30, 75), (0, 0)):
+        line = [sys.executable, "-c", code.format(seconds)]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=25)
+        assert done.returncode == status
+        assert ("did not end in time" in done.stderr, "done" in done.stdout) == (status == 75, status == 0)
+
+
 def test_other_threads_leave_signals_alone() -> None:
     seen = []
 

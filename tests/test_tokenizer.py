@@ -20,13 +20,16 @@ def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(words)["chat_template"] != ours["chat_template"]
 
 
-def test_padding_and_templates_are_the_students_own_affair_and_ids_are_not() -> None:
+def test_padding_and_a_missing_template_are_the_students_own_affair_and_ids_are_not() -> None:
     ours = tokenizer_fingerprint(tiny.tokenizer())
     padded = tiny.tokenizer()
     padded.pad_token = padded.eos_token
     padded.chat_template = None
     assert differences(ours, tokenizer_fingerprint(padded)) == []
     assert differences(None, ours) == differences(ours, None) == []
+    other = tiny.tokenizer()
+    other.chat_template = "{{ messages }}"
+    assert [line.split()[0] for line in differences(ours, tokenizer_fingerprint(other))] == ["chat_template"]
     ended = tiny.tokenizer()
     ended.eos_token = "<|end|>"
     assert any("eos" in line for line in differences(ours, tokenizer_fingerprint(ended)))

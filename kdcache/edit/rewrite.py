@@ -133,27 +133,52 @@ def rewrite(
     read = lru_cache(maxsize=2)(
         lambda at, index: picked.stores[at].read_shard(index, [n for n in needed if n in picked.stores[at].columns])
     )
-    done, total = 0, int(lengths.sum())
+
+    def made(index: int) -> tuple[dict[str, Array], SampleTable]:
+        shard = plan.shards[index]
+        here = slice(shard.first_sample, shard.first_sample + shard.samples)
+        parts = list(_runs(picked, here, read))
+        changed = [change(*part[:3]) for part in parts]
+        values = {column.name: np.concatenate([one[column.name] for one in changed]) for column in columns}
+        extra = _joined([part[4] for part in parts])
+        return values, SampleTable([name for part in parts for name in part[3]], lengths[here], extra)
+
+    write_shards(writer, made, progress)
+    writer.finish({"edited": said})
+    return Edited(str(writer.digest), len(picked.number), int(lengths.sum()), open_store(out).nbytes)
+
+
+def write_shards(
+    writer: StoreWriter,
+    made: Callable[[int], tuple[dict[str, Array], SampleTable]],
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Commit every shard that is not there yet; return the positions of all.
+
+    Args:
+        writer: Of the store.
+        made: Gives the decoded columns and the samples of a shard.
+        progress: Called with positions done and all.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; the same call goes on.
+    """
+    shards = writer.plan.shards
+    total = sum(shard.rows for shard in shards)
+    done = sum(shards[index].rows for index in writer.committed)
     with stop_signals() as stopped:
         for index in writer.unmade():
-            shard = plan.shards[index]
-            here = slice(shard.first_sample, shard.first_sample + shard.samples)
-            parts = list(_runs(picked, here, read))
-            made = [change(*part[:3]) for part in parts]
-            values = {column.name: np.concatenate([one[column.name] for one in made]) for column in columns}
-            extra = _joined([part[4] for part in parts])
-            writer.write_shard(index, values, SampleTable([n for part in parts for n in part[3]], lengths[here], extra))
-            done += shard.rows
+            writer.write_shard(index, *made(index))
+            done += shards[index].rows
             if progress:
-                progress(done, total)
+                progress(min(done, total), total)
             if stopped.is_set():
                 raise Interrupted(
                     "The work was stopped; finished shards are kept.",
-                    where=str(out),
+                    where=str(writer.root),
                     hint="Run the same command again to go on.",
                 )
-    writer.finish({"edited": said})
-    return Edited(str(writer.digest), len(picked.number), total, open_store(out).nbytes)
+    return total
 
 
 Run = tuple[dict[str, Array], int, Array, list[str], dict[str, Array]]

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from kdcache import registry
-from kdcache.errors import AccessError, ConfigError, CorruptObjectError, Interrupted
+from kdcache.errors import AccessError, ConfigError, CorruptObjectError, Interrupted, OutageError
 from kdcache.fingerprint import digest_bytes
 
 T = TypeVar("T")
@@ -220,7 +220,7 @@ def _patiently(act: Callable[[], T], where: str, patience: Patience) -> T:
         if waited > patience.outage or number + 1 == patience.tries:
             break
         time.sleep(wait)
-    raise AccessError(
+    raise OutageError(
         f"The place did not answer as it should, in {number + 1} tries: {what}.",
         where=where,
         hint="Check the network and the URL, and run the same command again: what was moved stays.",

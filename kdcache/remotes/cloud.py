@@ -1,7 +1,7 @@
 """`s3://`, `gs://`, `az://`: object stores, through obstore; settings and credentials from the environment.
 
 AWS_ENDPOINT_URL, AWS_REGION and the like for S3, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on:
-those of obstore. AWS_SKIP_SIGNATURE=true reads public buckets.
+those of obstore. AWS_SKIP_SIGNATURE=true reads public buckets. GOOGLE_ALLOW_HTTP=true is for emulators.
 """
 
 import os
@@ -74,6 +74,7 @@ class CloudPlace:
                 ) from error
             connect: Any = from_url  # its overloads are by kind of store, which only the URL says here
             plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://")
+            plain = plain or os.environ.get("GOOGLE_ALLOW_HTTP") == "true"
             options: dict[str, Any] = {
                 "timeout": timedelta(seconds=10 * stall),
                 "read_timeout": timedelta(seconds=stall),

@@ -118,12 +118,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         target = urlsplit(urljoin(req.full_url, newurl))
         if target.scheme not in ("http", "https") or (self._origin.scheme == "https" and target.scheme == "http"):
+            fp.close()
             raise UnsafeError(f"The server redirects to {target.scheme!r}.", where=self._origin.geturl())
         if (
             target.hostname != self._origin.hostname
             and _private(target.hostname)
             and not _private(self._origin.hostname)
         ):
+            fp.close()
             raise UnsafeError("The server redirects into a private network.", where=self._origin.geturl())
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -23,9 +23,12 @@ from kdcache.errors import (
 )
 from kdcache.fingerprint import canonical_json, digest_json, digest_without
 from kdcache.store.objects import Object, check_name
-from kdcache.store.schema import ALIGNMENT, MAX_SHARD_BYTES, Column, decoded_bytes
+from kdcache.store.schema import ALIGNMENT, AT_ONE_ONLY, MAX_SHARD_BYTES, Column, decoded_bytes, features_of
 
-FORMAT, VERSION = "kdcache", "1.1"
+FORMAT, VERSION = "kdcache", "1.2"
+COMPLETE = "1.1"
+"""Version of a store that needs no feature of a later one: earlier releases read it."""
+
 FILE = "manifest.json"
 MAX_BYTES = 256 << 20
 MAX_DEPTH = 32
@@ -153,7 +156,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             where=where,
             hint="Install a newer kdcache.",
         )
-    if unknown := document.get("required_features"):
+    features = document.get("required_features") or []
+    if not isinstance(features, list):
+        raise UnsafeError("The manifest's required features are no list.", where=where)
+    if unknown := [one for one in features if one != AT_ONE_ONLY]:
         raise UnsupportedError(f"The store needs features this release does not know: {unknown}.", where=where)
     try:
         sound = _sound_text(document, data) or _sound(document)
@@ -220,6 +226,8 @@ def _checked(document: dict[str, Any]) -> Manifest:
         raise UnsafeError("The manifest has too many columns, or one twice.")
     if lacking := [name for name in REQUIRED if name not in {column.name for column in columns}]:
         raise UnsafeError(f"The manifest has no column {lacking[0]!r}.")
+    if features_of(columns) != (document.get("required_features") or []):
+        raise UnsafeError("The manifest's tail has another number of values than its required features say.")
     if (decoded := decoded_bytes(columns) * shard_rows) > MAX_SHARD_BYTES:
         raise UnsafeError(f"A shard would need {decoded:,} bytes; {MAX_SHARD_BYTES:,} are allowed.")
     shards: list[ShardInfo] = []

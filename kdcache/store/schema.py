@@ -15,12 +15,15 @@ from kdcache.codecs import Codec, Part, codec, parameters
 from kdcache.codecs.integer import narrowest
 from kdcache.errors import ConfigError
 from kdcache.fingerprint import digest_bytes
-from kdcache.targets.log_partition import NODES
+from kdcache.targets.log_partition import AT_ONE, NODES
 
 ALIGNMENT = {
     "causal_lm": "row t is the teacher's distribution of token t+1 given tokens 0..t; L tokens give exactly L-1 rows",
     "classifier": "one row a sample: the teacher's distribution of the sample's label",
 }
+
+AT_ONE_ONLY = "partial_targets"
+"""Feature a reader must know of where the tail is known at T = 1 only, and a label's logit may be NaN: not told."""
 
 RANKED = "ranked"
 """The codec whose values are ranks in the store's ranking, not ids."""
@@ -118,6 +121,12 @@ class ShardPlan:
 def decoded_bytes(columns: Sequence[Column]) -> int:
     """Return the bytes of a decoded row of some columns; Python's numbers do not overflow."""
     return sum(math.prod(one.shape, start=np.dtype(one.build().dtype).itemsize) for one in columns)
+
+
+def features_of(columns: Sequence[Column]) -> list[str]:
+    """Return what a reader of a store with these columns must know of."""
+    tail = next((one for one in columns if one.name == "tail_log_partition"), None)
+    return [AT_ONE_ONLY] if tail is not None and tail.shape == (len(AT_ONE),) else []
 
 
 def plan_shards(rows: NDArray[Any], room: int) -> Iterator[ShardPlan]:
@@ -248,6 +257,7 @@ class Kept:
         ranked: Ids are kept as ranks in the store's ranking.
         differences: Of the codec `log_partition`.
         compressed: False leaves every array as it is, for the fastest reading.
+        any_temperature: False where the tail is known at T = 1 only.
     """
 
     logits: str = "steps16"
@@ -255,6 +265,7 @@ class Kept:
     ranked: bool = False
     differences: int = 0
     compressed: bool = True
+    any_temperature: bool = True
 
 
 def standard_columns(
@@ -275,7 +286,8 @@ def standard_columns(
     kept = kept or Kept()
     ids = parameters(narrowest(vocab_size))
     head_ids = (RANKED, {"vocab_size": vocab_size}) if kept.ranked else ("integer", ids)
-    tail = {"differences": kept.differences} if kept.differences else {}
+    nodes = NODES if kept.any_temperature else AT_ONE
+    tail = {"differences": kept.differences} if kept.differences and kept.any_temperature else {}
     described = [
         ("input_ids", "integer", ids, (), "id", "token at the position: what the model sees"),
         ("labels", "integer", ids, (), "id", "the next token: what is predicted"),
@@ -293,9 +305,9 @@ def standard_columns(
             "tail_log_partition",
             "log_partition",
             tail,
-            (len(NODES),),
+            (len(nodes),),
             "nat",
-            f"log-sum-exp of b*z over the tail minus b*head_logits[-1], at b = {', '.join(map(str, NODES))}",
+            f"log-sum-exp of b*z over the tail minus b*head_logits[-1], at b = {', '.join(map(str, nodes))}",
         ),
         ("label_logit", "float32", {}, (), "nat", "raw logit of the label, in the head or not"),
     ]

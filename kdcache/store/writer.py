@@ -17,11 +17,11 @@ from kdcache.store import disk
 from kdcache.store.commit import STAGING, Claims, Stage, clear, put, settle
 from kdcache.store.disk import storage_errors
 from kdcache.store.encode import SampleTable, shard_objects, start_objects
-from kdcache.store.manifest import FILE, FORMAT, VERSION, load_manifest, seal, strict_json
+from kdcache.store.manifest import COMPLETE, FILE, FORMAT, VERSION, load_manifest, seal, strict_json
 from kdcache.store.objects import Object, Objects
 from kdcache.store.progress import PLAN_FILE, committed, receipt_name
 from kdcache.store.ranking import ranks, read_ranking
-from kdcache.store.schema import ALIGNMENT, COUNTS, INVALID, StorePlan
+from kdcache.store.schema import ALIGNMENT, COUNTS, INVALID, StorePlan, features_of
 
 Array = NDArray[Any]
 
@@ -194,10 +194,11 @@ class StoreWriter:
             receipt = self._receipt(index)
             objects |= {name: Object(one["bytes"], one["digest"]) for name, one in receipt["objects"].items()}
             shards.append([shard.first_sample, shard.samples, shard.rows, receipt["invalid_rows"]])
+        features = features_of(self.plan.columns)
         document = {
             "format": FORMAT,
-            "format_version": VERSION,
-            "required_features": [],
+            "format_version": VERSION if features else COMPLETE,
+            "required_features": features,
             "alignment": ALIGNMENT[self.plan.kind],
             **self.plan.as_json(),
             "samples": sum(shard.samples for shard in self.plan.shards),
@@ -277,7 +278,7 @@ def _begin(root: Path, plan: StorePlan) -> None:
             stage.write(name, data)
         begun = {
             "format": FORMAT,
-            "format_version": VERSION,
+            "format_version": COMPLETE,
             "store_id": digest_json(plan.as_json()),
             "plan": plan.as_json(),
             "objects": _listed(stage.objects),

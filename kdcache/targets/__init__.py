@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.targets.log_partition import NODES, interpolate
+from kdcache.targets.log_partition import AT_ONE, NODES, interpolate, nodes_of
 
 Float = NDArray[np.float64]
 
@@ -29,8 +29,8 @@ class Targets:
         ids: int32 [N, K], vocabulary ids of the head by descending logit, ties by lower id.
         logits: float32 [N, K], the raw logits of those ids: no temperature, no normalisation.
         tail: float32 [N, J], the tail's log-partition at `log_partition.NODES` minus `b * logits[:, -1]`;
-            minus infinity where K = V.
-        label_logit: float32 [N], the raw logit of the label, inside the head or not.
+            minus infinity where K = V. [N, 1], at b = 1 alone, where the teacher only told log-probabilities.
+        label_logit: float32 [N], the raw logit of the label, inside the head or not; NaN where it was not told.
         vocab_size: V, the length of the teacher's row.
         draw_ids: int32 [N, M], ids drawn from the tail with replacement, or None.
         draw_logits: float32 [N, M], their raw logits, or None.
@@ -58,6 +58,11 @@ class Targets:
         """K, the number of kept entries."""
         return int(self.ids.shape[1])
 
+    @property
+    def any_temperature(self) -> bool:
+        """Whether the tail is known at every temperature, and not at T = 1 alone."""
+        return bool(self.tail.shape[1] != len(AT_ONE))
+
     def narrow(self, k: int) -> "Targets":
         """Return the targets with only the k largest kept: the others join the tail, as if they had been captured so.
 
@@ -72,10 +77,11 @@ class Targets:
             return self
         if self.draw_ids is not None:
             raise ValueError("targets with tail draws cannot be narrowed: the draws are of the shorter tail")
-        b = np.asarray(NODES)[:, None]
+        nodes = np.asarray(nodes_of(self.tail.shape[1]))
+        b = nodes[:, None]
         z = self.logits[:, None, k - 1 :].astype(np.float64)
         dropped = b * (z[..., 1:] - z[..., :1])
-        tail = self.tail + np.asarray(NODES) * (z[:, :, -1] - z[:, :, 0])
+        tail = self.tail + nodes * (z[:, :, -1] - z[:, :, 0])
         joined = np.logaddexp.reduce(np.concatenate([dropped, tail[..., None]], axis=2), axis=2).astype(np.float32)
         return replace(self, ids=self.ids[:, :k], logits=self.logits[:, :k], tail=joined)
 
@@ -84,6 +90,7 @@ class Targets:
 
         Raises:
             ValueError: The temperature is not a positive finite number.
+            MismatchError: The tail is known at T = 1 only, and this is another.
         """
         b = inverse(temperature)
         lowest = self.logits[:, -1].astype(np.float64)

@@ -20,8 +20,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.errors import MismatchError
+
 NODES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Inverse temperatures of the stored values: T = 8, 4, 2.67, 2, 1.33, 1, 0.67, 0.5."""
+
+AT_ONE = (1.0,)
+"""The only node of targets made from log-probabilities at T = 1: all that is known of their tail."""
 
 STEP = 1 / 1024
 """Quantum of a stored value, in nats: rounding moves a tail mass by at most 1.3e-4."""
@@ -31,6 +36,31 @@ EMPTY = -32768
 
 LIMIT = 32767 * STEP
 """Largest magnitude of a stored value, in nats; a tail 32 nats below the last kept entry is held there."""
+
+
+def nodes_of(width: int) -> tuple[float, ...]:
+    """Return the inverse temperatures of tail values of this width, J or 1.
+
+    Raises:
+        ValueError: No targets have such a width.
+    """
+    for nodes in (NODES, AT_ONE):
+        if len(nodes) == width:
+            return nodes
+    raise ValueError(f"a tail has {len(NODES)} or {len(AT_ONE)} values a position, not {width}")
+
+
+def require_at_one(inverse_temperature: float) -> None:
+    """Refuse any temperature but 1, for a tail of which no more is known.
+
+    Raises:
+        MismatchError: It is another.
+    """
+    if inverse_temperature != 1:
+        raise MismatchError(
+            f"The teacher's tail is known at T = 1 only, and T = {1 / inverse_temperature:g} is asked for.",
+            hint="Set the temperature to 1, or the tail policy to renormalise (biased).",
+        )
 
 
 def quantise(tail: NDArray[np.floating]) -> NDArray[np.int16]:
@@ -72,12 +102,18 @@ def interpolate(tail: NDArray[np.floating], tail_size: int, inverse_temperature:
     """Return u(b) [N] in nats (float64) from its node values [N, J].
 
     Args:
-        tail: Values at `NODES`; a row of minus infinity is an empty tail and gives minus infinity.
+        tail: Values at `NODES`, or [N, 1] at b = 1; a row of minus infinity is an empty tail and gives minus infinity.
         tail_size: V - K, the number of ids outside the head.
         inverse_temperature: b = 1/T, finite and not negative.
+
+    Raises:
+        MismatchError: The tail is known at T = 1 only, and b is not 1.
     """
     if tail_size == 0:
         return np.full(len(tail), -np.inf)
+    if nodes_of(tail.shape[1]) == AT_ONE:
+        require_at_one(inverse_temperature)
+        return tail[:, 0].astype(np.float64)
     weights = np.asarray(interpolation_weights(inverse_temperature))
     empty = np.isneginf(tail[:, 0])
     values = np.where(empty[:, None], 0.0, tail.astype(np.float64))

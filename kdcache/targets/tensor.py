@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.targets import Targets, inverse
-from kdcache.targets.log_partition import NODES, interpolation_weights
+from kdcache.targets.log_partition import AT_ONE, NODES, interpolation_weights, require_at_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,9 @@ class TensorTargets:
         size = self.vocab_size - self.k
         if size == 0:
             return torch.full_like(self.label_logit, -torch.inf)
+        if self.tail.shape[1] == len(AT_ONE):
+            require_at_one(b)
+            return self.tail[:, 0] + self.logits[:, -1]
         weights = interpolation_weights(b)
         empty = torch.isneginf(self.tail[:, 0])
         values = self.tail.masked_fill(empty[:, None], 0.0)

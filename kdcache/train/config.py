@@ -31,6 +31,7 @@ class StudentConfig(Section):
             [S, T] to logits [S, T, V] (or an object with `.logits`).
         dtype: Of the weights.
         revision: Of a hub model.
+        any_template: Accept a checkpoint whose tokenizer writes chats otherwise than the teacher's.
     """
 
     model: str | None = None
@@ -38,6 +39,7 @@ class StudentConfig(Section):
     factory: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
+    any_template: bool = False
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "StudentConfig":

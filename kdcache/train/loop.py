@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from kdcache.batch import Batch
-from kdcache.errors import ConfigError, Interrupted, TrainingError
+from kdcache.errors import ConfigError, Interrupted, OutageError, TrainingError
 from kdcache.losses.tails import POLICY_KIND
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.store import Store, open_store
@@ -102,7 +102,15 @@ class Run:
         last_saved = self._state.step
         with stop_signals() as stopped:
             while self._state.step < self._steps and not stopped_early:
-                terms = self._step(batches)
+                before = self._loader.state_dict()
+                try:
+                    terms = self._step(batches)
+                except OutageError:
+                    # other ranks may wait for this one for ever: they keep to the last checkpoint
+                    if self._accelerator.num_processes == 1 and last_saved != self._state.step:
+                        self._loader.load_state_dict(before)
+                        self._save()
+                    raise
                 bad = bad + 1 if terms is None else 0
                 if bad >= NOT_FINITE_LIMIT:
                     raise TrainingError(

@@ -215,6 +215,13 @@ def _require_columns(config: LossConfig, store: Store) -> None:
             where=str(store.path),
             hint="Capture with targets.draws=16, or use loss.tail=bucket.",
         )
+    hot = wanted.targets and config.tail != "renormalise" and extremes(config.temperature) != (1.0, 1.0)
+    if hot and store.columns["tail_log_partition"].shape == (1,):
+        raise MismatchError(
+            "The store's teacher told log-probabilities at T = 1 alone, so its tail at another T is unknown.",
+            where=str(store.path),
+            hint="Set loss.temperature=1, or loss.tail=renormalise (biased).",
+        )
     for one in config.hidden:
         if f"hidden.{one.teacher}" not in store.columns:
             kept = [name.removeprefix("hidden.") for name in store.columns if name.startswith("hidden.")]

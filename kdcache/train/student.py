@@ -44,11 +44,18 @@ def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Modul
     """Return the student with its weights, checked against the store before any step.
 
     Raises:
-        MismatchError: Its vocabulary is smaller than the teacher's, or its tokenizer is another.
+        MismatchError: Its vocabulary is smaller than the teacher's, its tokenizer or chat template is another, or it
+            sees the tokens that it is to predict.
         AccessError: The checkpoint does not load.
         ConfigError: The configuration or factory does not make a model.
     """
     torch.manual_seed(seed)
+    model = _built(config, store)
+    _require_causal(model, store.vocab_size)
+    return model
+
+
+def _built(config: StudentConfig, store: Store) -> nn.Module:
     if config.factory is not None:
         return _from_factory(config.factory, store.vocab_size)
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,6 +82,32 @@ def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Modul
             hint="Use a student with the teacher's tokenizer, or resize its embeddings.",
         )
     return model  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _require_causal(model: Any, vocab_size: int) -> None:
+    """Refuse a model whose row t knows token t + 1, which the store's row t asks it to predict: its loss would be 0."""
+    training, state = model.training, torch.random.get_rng_state()
+    model.eval()
+    try:
+        one = torch.tensor([PROBE]) % vocab_size
+        other = one.clone()
+        other[0, -1] = (other[0, -1] + 1) % vocab_size
+        said, changed = (_logits(model(ids, torch.ones_like(ids)))[0, :-1].float() for ids in (one, other))
+    finally:
+        model.train(training)
+        torch.random.set_rng_state(state)
+    # a causal model's earlier rows are the same numbers; NaN is for the loss to find
+    if (said - changed).abs().nan_to_num(0).max() > 1e-5 * said.abs().nan_to_num(0).max():
+        raise MismatchError(
+            "The student sees the tokens that it is to predict: another last token changes what it says before it.",
+            where="student",
+            hint="Use a causal model; of an encoder set is_decoder: true in student.config.",
+        )
+
+
+def _logits(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def is_fused(model: Any) -> bool:
@@ -115,7 +148,7 @@ def run_student(model: Any, padded: Padded, layers: Sequence[str], *, fused: boo
     """
     if not fused:
         out = model(padded.input_ids, padded.attention_mask)
-        logits = out if isinstance(out, Tensor) else out.logits
+        logits = _logits(out)
         if layers:
             raise ConfigError("This student gives logits only: hidden losses need a transformers model.")
         return StudentOutput(None, None, logits.flatten(0, 1)[padded.index], {})
@@ -202,6 +235,8 @@ def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
     if recorded is None or (folder.is_dir() and not (folder / "tokenizer.json").is_file()):
         return model
     found = tokenizer_fingerprint(load_tokenizer(name, revision=config.revision))
+    if config.any_template:
+        found["chat_template"] = recorded.get("chat_template")
     if lines := differences(recorded, found):
         raise MismatchError(
             f"The student's tokenizer is not the teacher's: {'; '.join(lines)}.",

@@ -34,7 +34,8 @@ class HeldOut:
         kl_kind: "exact", or "a lower bound" where the tail is one outcome.
         top1_agreement: Share of positions where both put the same id first.
         accuracy: Share of positions where the student puts the label first.
-        teacher_cross_entropy: Of the teacher, from its stored label logit and log-partition.
+        teacher_cross_entropy: Of the teacher, from its stored label logit and log-partition; None where it did not tell
+            every label's.
         positions: That were counted.
         seconds: Of the whole pass.
     """
@@ -44,7 +45,7 @@ class HeldOut:
     kl_kind: str
     top1_agreement: float
     accuracy: float
-    teacher_cross_entropy: float
+    teacher_cross_entropy: float | None
     positions: int
     seconds: float
 
@@ -54,9 +55,9 @@ class HeldOut:
         return math.exp(min(self.cross_entropy, 700.0))
 
     @property
-    def teacher_perplexity(self) -> float:
+    def teacher_perplexity(self) -> float | None:
         """Exponential of the teacher's cross-entropy."""
-        return math.exp(min(self.teacher_cross_entropy, 700.0))
+        return None if self.teacher_cross_entropy is None else math.exp(min(self.teacher_cross_entropy, 700.0))
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def held_out(
         kl_kind="exact" if exact else "a lower bound",
         top1_agreement=agreement,
         accuracy=accuracy,
-        teacher_cross_entropy=teacher_ce,
+        teacher_cross_entropy=None if math.isnan(teacher_ce) else teacher_ce,
         positions=int(sums[-1]),
         seconds=time.perf_counter() - began,
     )

@@ -4,12 +4,15 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 from typer.testing import CliRunner
 
 from kdcache import remotes
 from kdcache.cli import app
+from kdcache.config import parse_config
 from kdcache.errors import (
     AccessError,
     ConfigError,
@@ -18,10 +21,13 @@ from kdcache.errors import (
     KdcacheError,
     MismatchError,
     MissingObjectError,
+    OutageError,
     UnsafeError,
 )
 from kdcache.remotes import Patience, connect
 from kdcache.store import Store, check, open_store
+from kdcache.train import METRICS, train
+from kdcache.train.config import TrainConfig
 from tests import tiny
 from tests.remotes import web
 
@@ -38,6 +44,21 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[web.WebS
 @pytest.fixture
 def local(tmp_path: Path, server: web.WebServer) -> Store:
     return open_store(tmp_path / "share" / "s")
+
+
+class Bag(nn.Module):
+    """Logits of the token alone."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, ids: Any, mask: Any) -> Any:
+        return self.embed(ids)
+
+
+def student(vocab_size: int) -> nn.Module:
+    return Bag(vocab_size)
 
 
 def an_object(store: Store) -> str:
@@ -129,6 +150,34 @@ def test_a_fault_that_stays_is_named(
     assert "127.0.0.1" in caught.value.where
     server.faults[name].clear()
     assert check(store) == []
+
+
+def test_an_outage_while_training_loses_no_step(server: web.WebServer, local: Store, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "student": {"factory": "tests.remotes.test_https:student"},
+        "data": {"batch_size": 1, "pool_shards": 1, "shuffle": False},
+        "run": {"device": "cpu", "steps": 6},
+    }
+    config = parse_config(TrainConfig, tree)
+
+    def lines(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
+
+    train(config, local, tmp_path / "straight")
+    names = [name for name in local.manifest.objects if "/c/2" in name]
+    for name in names:
+        server.faults[f"s/{name}"] = [web.status(503)] * 40
+    with pytest.raises(OutageError) as caught:
+        train(config, f"{server.url}/s", tmp_path / "run")
+    assert caught.value.exit_code == 75
+    done = lines(tmp_path / "run")
+    assert 0 < len(done) < 6
+    for name in names:
+        server.faults[f"s/{name}"].clear()
+    result = train(config, f"{server.url}/s", tmp_path / "run")
+    assert result.steps == 6
+    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
+    assert lines(tmp_path / "run")[: len(done)] == done
 
 
 def test_what_is_not_there_is_said_not_to_be(server: web.WebServer) -> None:

@@ -324,6 +324,25 @@ def test_another_tokenizer_or_vocabulary_is_refused_before_the_first_step(captur
         train(config_of(student=small), captured / "top", tmp_path / "b")
     same = refusal_student(tmp_path / "same")
     train(config_of(student={"model": str(same)}), captured / "top", tmp_path / "c")
+    chats = refusal_student(tmp_path / "chats")
+    words = tiny.tokenizer()
+    words.chat_template = "{{ messages }}"
+    words.save_pretrained(chats)
+    with pytest.raises(MismatchError, match="chat_template differs"):
+        train(config_of(student={"model": str(chats)}), captured / "top", tmp_path / "e")
+    meant = config_of(student={"model": str(chats), "any_template": True}, run={"steps": 1, "device": "cpu"})
+    train(meant, captured / "top", tmp_path / "e")
+    sees = {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    with pytest.raises(MismatchError, match="sees the tokens"):
+        train(config_of(student={"config": sees}), captured / "top", tmp_path / "f")
+    blind = config_of(student={"config": {**sees, "is_decoder": True}}, run={"steps": 1, "device": "cpu"})
+    train(blind, captured / "top", tmp_path / "g")
     padded = {"config": {**STUDENT["config"], "vocab_size": 320}}
     train(config_of(student=padded), captured / "top", tmp_path / "d")  # padding rows are no difference
     assert not (tmp_path / "a" / METRICS).exists()
