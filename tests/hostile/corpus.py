@@ -258,6 +258,37 @@ def sample_table_with_an_enormous_text(folder: Path, outside: Path) -> None:
     put(folder, "samples/00000.parquet", _table(columns, compression="zstd", use_dictionary=False))
 
 
+def _long(value: int, size: int) -> bytes:
+    """A number in Thrift's compact form, in more bytes than it takes."""
+    value <<= 1
+    return bytes((value >> 7 * byte) & 127 | (128 if byte < size - 1 else 0) for byte in range(size))
+
+
+@attack
+def sample_table_whose_pages_are_larger_than_its_footer_says(folder: Path, outside: Path) -> None:
+    columns = _samples(folder)
+    columns["sample_id"] = pa.array(["x" * (200 << 20), *["y"] * (len(columns["rows"]) - 1)])
+    data = _table(columns, compression="zstd", use_dictionary=False)
+    number = columns_of(data).index("sample_id")
+    said = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(number).total_uncompressed_size
+    honest = _long(said, 5) if said >= 1 << 27 else _long(said, 4)
+    footer = data.rindex(honest)
+    lying = data[:footer] + _long(1000, len(honest)) + data[footer + len(honest) :]
+    assert pq.ParquetFile(io.BytesIO(lying)).metadata.row_group(0).column(number).total_uncompressed_size == 1000
+    put(folder, "samples/00000.parquet", lying)
+
+
+def columns_of(data: bytes) -> list[str]:
+    return list(pq.ParquetFile(io.BytesIO(data)).schema_arrow.names)
+
+
+@attack
+def sample_table_of_a_footer_and_zeros(folder: Path, outside: Path) -> None:
+    data = _table(_samples(folder))
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    put(folder, "samples/00000.parquet", b"PAR1" + bytes(len(data) - len(footer) - 4) + footer)
+
+
 @attack
 def sample_table_that_is_no_parquet(folder: Path, outside: Path) -> None:
     put(folder, "samples/00000.parquet", b"PAR1" + bytes(64) + b"PAR1")
