@@ -72,7 +72,7 @@ def verify(
 
 def push(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
-    url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME, s3://, gs:// or az://.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME, s3://, gs://, az:// or file:.")],
     card: Annotated[Path | None, typer.Option("--card", help="A dataset card in place of the one it writes.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kdcache import registry
 from kdcache.errors import AccessError, ConfigError, CorruptObjectError, Interrupted, OutageError
@@ -25,6 +26,7 @@ KINDS = {
     "https": "https",
     "http": "https",
     "hf": "hub",
+    "file": "folder",
 }
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -107,7 +109,13 @@ class Remote(Protocol):
 
 def is_remote(location: object) -> bool:
     """Say whether a location is a URL of one of these places; all else is a folder."""
-    return "://" in str(location) and not str(location).startswith("file://")
+    return "://" in str(location) and not str(location).startswith("file:")
+
+
+def local_path(location: object) -> Path:
+    """Return the folder that a path, or a URL of the kind `file:`, names."""
+    text = str(location)
+    return Path(unquote(urlsplit(text).path)) if text.startswith("file:") else Path(text)
 
 
 def connect(url: str) -> Remote:

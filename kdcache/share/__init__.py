@@ -10,6 +10,7 @@ from kdcache.errors import AccessError, ConfigError, CorruptObjectError, Interru
 from kdcache.fingerprint import canonical_json, digest_bytes
 from kdcache.process import stop_signals
 from kdcache.remotes import Remote, connect, fetch, is_remote, listing, send
+from kdcache.remotes.folder import place_of
 from kdcache.share.card import CARD, PREVIEW, card, preview
 from kdcache.store import Store, open_store
 from kdcache.store.manifest import FILE, load_manifest, strict_json
@@ -57,7 +58,7 @@ def push(
 
     Args:
         path: Folder of a finished store; every object is verified as it is read.
-        url: Where it goes: `hf://datasets/OWNER/NAME[/FOLDER]`, `s3://`, `gs://`, `az://`.
+        url: Where it goes: `hf://datasets/OWNER/NAME[/FOLDER]`, `s3://`, `gs://`, `az://`, `file:`.
         progress: Called with bytes done and all.
         card_text: Replaces the card that is written by default.
 
@@ -116,9 +117,8 @@ def pull(
         Interrupted: SIGTERM or Ctrl-C.
     """
     store = open_store(url, digest=digest)
-    if store.origin is None:
-        raise ConfigError("A store is pulled from a URL.", where=url, hint="A folder can be copied as it is.")
-    place, root, listed = store.origin.place, Path(out), store.manifest.objects
+    place = place_of(store.path) if store.origin is None else store.origin.place
+    root, listed = Path(out), store.manifest.objects
     if (root / FILE).is_file() and (found := load_manifest(root).digest) != store.digest:
         raise MismatchError(
             f"The folder holds another store, {found[:16]}, not {store.digest[:16]}.",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import Part, codec
 from kdcache.errors import ConfigError, CorruptObjectError, MismatchError
-from kdcache.remotes import is_remote
+from kdcache.remotes import is_remote, local_path
 from kdcache.store.chunks import ShardSizes, decode_rows
 from kdcache.store.layout import layout_of, require_layout
 from kdcache.store.manifest import Manifest, ShardInfo, load_manifest
@@ -54,7 +54,7 @@ def open_store(path: Path | str, *, digest: str | None = None) -> "Store":
 
         manifest, origin = load_remote(location, wanted, cached=load_manifest)
         return Store(origin.root, manifest, origin=origin)
-    root = Path(location.removeprefix("file://"))
+    root = local_path(location)
     manifest = load_manifest(root)
     if wanted is not None and manifest.digest != wanted:
         raise MismatchError(f"The store's digest is {manifest.digest}, not {wanted}.", where=str(root))

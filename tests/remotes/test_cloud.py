@@ -143,8 +143,6 @@ def test_what_cannot_work_says_so(s3: str, tmp_path: Path) -> None:
         push(tmp_path / "s", "s3://no-such-bucket/s")
     with pytest.raises(ConfigError, match="from a folder"):
         push("s3://bucket/x", "s3://bucket/y")
-    with pytest.raises(ConfigError, match="from a URL"):
-        pull(str(tmp_path / "s"), tmp_path / "t")
 
 
 def test_a_stopped_pull_goes_on(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

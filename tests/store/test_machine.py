@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kdcache.errors import IncompleteStoreError
+from kdcache.remotes.folder import FolderPlace
+from kdcache.share import pull, push
 from kdcache.store import StoreWriter, check, open_store
 from kdcache.store.progress import committed
 from kdcache.verify import verify
@@ -93,6 +96,31 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.store, copy)
         assert check(open_store(copy)) == []
+
+    @rule(puts=st.integers(0, 6))
+    @precondition(lambda self: self.sealed)
+    def push_is_killed_and_goes_on(self, puts: int) -> None:
+        there, url = self.folder / "there", f"file://{self.folder}/there"
+        put, done = FolderPlace.put, []
+
+        def killed(place: FolderPlace, objects: Any, **rest: Any) -> None:
+            if len(done) >= puts:
+                raise Killed
+            done.append(None)
+            put(place, objects[:7], **rest)  # of a batch some may have come, whatever is said of it
+            put(place, objects, **rest)
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(FolderPlace, "put", killed)
+            push(self.store, url)
+        if not (there / "manifest.json").is_file() and there.is_dir():
+            with pytest.raises(IncompleteStoreError):
+                open_store(url)
+        assert push(self.store, url).digest == DIGEST[0]
+        assert check(open_store(url)) == []
+        back = self.folder / "back"
+        assert pull(f"{url}#blake3={DIGEST[0]}", back).digest == DIGEST[0]
+        assert check(open_store(back)) == []
 
     @invariant()
     def what_is_committed_stays(self) -> None:
