@@ -33,7 +33,7 @@ class Batch:
     """Some samples, their positions one after the other: no padding.
 
     Attributes:
-        input_ids: int64 [N], what the student sees.
+        input_ids: int64 [N], what the student sees; [0] where its inputs are examples.
         labels: int64 [N], the next token.
         mask: bool [N], where the label counts.
         offsets: int64 [S+1], sample i has positions offsets[i] to offsets[i+1].
@@ -42,6 +42,9 @@ class Batch:
         packed: The same as they lie in the store, in place of `targets`: `to` unpacks them on the device.
         hidden: Layer name to the teacher's features [N, D].
         output_head: The teacher's output layer, for the tail policy `exact`.
+        extra: Further columns of the store [N, ...], by name.
+        inputs: What a student of examples is given [S, ...], by the name of its parameter.
+        places: int64 [N], of students that answer for every token: which of the S * T answers each position is.
     """
 
     input_ids: Tensor
@@ -53,11 +56,14 @@ class Batch:
     packed: PackedTargets | None = None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     output_head: OutputHead | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
         """N."""
-        return len(self.input_ids)
+        return len(self.labels)
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +85,27 @@ class Batch:
             packed=None,
             hidden={name: one.to(device, non_blocking=non_blocking) for name, one in self.hidden.items()},
             output_head=None if self.output_head is None else self.output_head.to(device),
+            extra={name: one.to(device, non_blocking=non_blocking) for name, one in self.extra.items()},
+            inputs={name: one.to(device, non_blocking=non_blocking) for name, one in self.inputs.items()},
+            places=None if self.places is None else self.places.to(device, non_blocking=non_blocking),
+        )
+
+    def rows(self, kept: Tensor, offsets: Tensor) -> "Batch":
+        """Return the batch with some of its positions.
+
+        Args:
+            kept: int64, which.
+            offsets: int64 [S+1], where each sample's begin among them.
+        """
+        unpacked = self if self.packed is None else self.to(self.labels.device)
+        return replace(
+            unpacked,
+            labels=unpacked.labels[kept],
+            mask=unpacked.mask[kept],
+            offsets=offsets,
+            targets=None if unpacked.targets is None else unpacked.targets[kept],
+            hidden={name: one[kept] for name, one in unpacked.hidden.items()},
+            extra={name: one[kept] for name, one in unpacked.extra.items()},
         )
 
     def pin_memory(self) -> "Batch":

@@ -14,6 +14,7 @@ from kdcache.store import open_store
 from kdcache.stream import output_head_of
 from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train import RESULT, held_out
+from kdcache.train.config import DataConfig
 from kdcache.train.student import load_student
 
 
@@ -59,6 +60,7 @@ def evaluate(
     store: Path | str | None = None,
     *,
     batch_size: int = 8,
+    examples: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Return the measurements of a finished run's student.
@@ -67,6 +69,7 @@ def evaluate(
         student: The run's --out folder, or any folder with a transformers causal language model.
         store: A held-out store; default: the run's `data.validation`.
         batch_size: Samples a batch.
+        examples: Folder of the inputs of a classifier's store; default: the run's.
         progress: Called with samples done and all.
 
     Raises:
@@ -87,11 +90,18 @@ def evaluate(
             hint="Give one with --store, or train with data.validation.",
         )
     opened = open_store(path)
-    model = load_student(folder, config.get("student", {}).get("factory"), opened.vocab_size)
+    own = config.get("student", {})
+    task = None if opened.manifest.kind == "causal_lm" else own.get("task") or "sequence-classification"
+    model = load_student(folder, own.get("factory"), opened.vocab_size, task)
+    data = DataConfig(**config["data"]) if "data" in config else None
+    if examples is not None:
+        data = (data or DataConfig()).model_copy(update={"examples": str(examples), "validation_examples": None})
     _require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = output_head_of(opened).to(device) if opened.manifest.part("output_head") else None
-    found = held_out(model.to(device), opened, batch_size=batch_size, device=device, head=head, progress=progress)
+    found = held_out(
+        model.to(device), opened, batch_size=batch_size, device=device, head=head, data=data, progress=progress
+    )
     return Metrics(
         perplexity=found.perplexity,
         cross_entropy=found.cross_entropy,

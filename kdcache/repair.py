@@ -13,7 +13,7 @@ import numpy as np
 from kdcache.capture import planned
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.rows import RowMaker
-from kdcache.errors import MismatchError
+from kdcache.errors import ConfigError, MismatchError
 from kdcache.fingerprint import digest_bytes
 from kdcache.samples import prepare
 from kdcache.sources import open_source
@@ -58,6 +58,10 @@ def repair(
 
 
 def _captured(store: Store, config: CaptureConfig, damaged: set[str]) -> Iterator[str]:
+    if config.source is None:
+        raise ConfigError(
+            "A store of examples is not made again in part.", where=str(store.path), hint="Mend it by --mirror."
+        )
     model = load_teacher(config.teacher)
     source, tokenizer = open_source(config.source), model.tokenizer()
     with tempfile.TemporaryDirectory() as folder:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from kdcache.capture.config import CaptureConfig
+from kdcache.capture.examples import capture_examples
 from kdcache.capture.keep import columns_of, output_head_of
 from kdcache.capture.result import CaptureProgress, CaptureResult, SamplesProgress, result_of
 from kdcache.capture.run import WORK, Run
 from kdcache.capture.survey import MOST, entries_within, survey
+from kdcache.capture.told import capture_told, require_tellable, told_result
+from kdcache.classifiers import Classifier
 from kdcache.errors import MismatchError
 from kdcache.samples import SampleSet, prepare
 from kdcache.sources import open_source
@@ -19,7 +22,7 @@ from kdcache.store.commit import clear
 from kdcache.store.disk import storage_errors
 from kdcache.store.manifest import FILE
 from kdcache.store.schema import RANKED
-from kdcache.teachers import Teacher, load_teacher
+from kdcache.teachers import BlackBox, Teacher, load_teacher
 from kdcache.tokenizer import tokenizer_files, tokenizer_fingerprint
 
 
@@ -29,6 +32,7 @@ def capture(
     *,
     progress: Callable[[CaptureProgress | SamplesProgress], None] | None = None,
     teacher: Teacher | None = None,
+    classifier: Classifier | None = None,
 ) -> CaptureResult:
     """Run a teacher over a source and write a store; go on with one that was begun; do nothing if it is complete.
 
@@ -37,6 +41,7 @@ def capture(
         out: Folder of the store.
         progress: Called after every batch of documents, then of positions.
         teacher: A teacher to use in place of `config.teacher`.
+        classifier: The same where the config names examples.
 
     Raises:
         SourceError, SampleError, ConfigError: The data or settings do not fit.
@@ -46,7 +51,12 @@ def capture(
         Interrupted: SIGTERM or Ctrl-C; the same call goes on.
     """
     root = Path(out)
+    if config.examples is not None:
+        return capture_examples(config, root, classifier=classifier, progress=progress)
+    assert config.source is not None  # the config has looked
     model = teacher or load_teacher(config.teacher)
+    if isinstance(model, BlackBox):
+        require_tellable(config.targets)
     source = open_source(config.source)
     tokenizer = model.tokenizer()
     identity = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
@@ -61,7 +71,8 @@ def capture(
         )
         if same and store.manifest.part("tokenizer") == identity:
             clear(root)  # what the last writer had no time to clear away
-            return result_of(store, already_complete=True)
+            finished = told_result if isinstance(model, BlackBox) else result_of
+            return finished(store, already_complete=True)
     with storage_errors(root):
         samples = prepare(
             source,
@@ -72,6 +83,9 @@ def capture(
             folder=root / WORK,
             progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
         )
+    if isinstance(model, BlackBox):
+        about = {"source": {"source": source.fingerprint, "samples": samples.digest}, "capture": _settings(config)}
+        return capture_told(config, root, model, samples, about, progress)
     begun = StoreWriter.begun(root)
     while True:
         settled, plan = planned(config, model, samples, begun, source.fingerprint, tokenizer)

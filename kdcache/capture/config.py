@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdcache.augment import AugmentConfig
 from kdcache.config import Section
 from kdcache.samples import SamplesConfig
 from kdcache.sources import SourceConfig
@@ -87,13 +88,52 @@ class LicencesConfig(Section):
     data: str | None = None
 
 
-class CaptureConfig(Section):
-    """One run of a teacher over a source."""
+class FeatureConfig(Section):
+    """One feature of a classifier to keep.
 
-    source: SourceConfig
+    Attributes:
+        name: In the store.
+        tap: Where it is read in the model, such as `hidden_states.2|first`; see kdcache/taps.py. Default: the name.
+        dtype: bfloat16, float32, or int8 with one scale a channel and shard.
+    """
+
+    name: str
+    tap: str | None = None
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+
+
+class ExamplesConfig(Section):
+    """Examples in place of text: a folder of arrays, and what the model is given of them.
+
+    Attributes:
+        path: Folder of `.npy` files; see kdcache/examples.py.
+        fields: Parameter of the model to field; default: every field but the label, by its own name.
+        batch_size: Samples of a forward pass.
+        features: Kept of every sample.
+        augment: Views of an image field; default: the examples as they are.
+    """
+
+    path: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    batch_size: int = Field(default=64, ge=1)
+    features: tuple[FeatureConfig, ...] = ()
+    augment: AugmentConfig | None = None
+
+
+class CaptureConfig(Section):
+    """One run of a teacher over a source, or of a classifier over examples."""
+
+    source: SourceConfig | None = None
+    examples: ExamplesConfig | None = None
     teacher: TeacherConfig
     samples: SamplesConfig = SamplesConfig()
     targets: TargetsConfig = TargetsConfig()
     store: StoreConfig = StoreConfig()
     licences: LicencesConfig = LicencesConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "CaptureConfig":
+        if (self.source is None) == (self.examples is None):
+            raise ValueError("give one of source and examples")
+        return self

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdcache import registry
-from kdcache.convert.told import Told
 from kdcache.errors import ConfigError, MismatchError, SourceError
 from kdcache.fingerprint import canonical_json
 from kdcache.store import Store, open_store
 from kdcache.store.disk import storage_errors
+from kdcache.store.told import Told
 
 FORMATS = ("axolotl", "distillkit", "parquet")
 

@@ -23,10 +23,10 @@ import numpy as np
 from kdcache.convert import Reading, Source, files_in
 from kdcache.convert.nested import ragged
 from kdcache.convert.parquet import tokens_of
-from kdcache.convert.told import Told
 from kdcache.errors import ConfigError, SourceError
 from kdcache.store import Store
 from kdcache.store.schema import COUNTS
+from kdcache.store.told import Told
 from kdcache.tokenizer import load_tokenizer
 
 IGNORED = -100

@@ -29,9 +29,9 @@ from kdcache.config import Section
 from kdcache.convert import Reading, Source, files_in
 from kdcache.convert.nested import columns_in, count_in, lists, rectangle, rows_of
 from kdcache.convert.parquet import tokens_of, told
-from kdcache.convert.told import Told
 from kdcache.errors import SourceError, UnsupportedError
 from kdcache.store import Store
+from kdcache.store.told import Told
 
 Array = NDArray[Any]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from kdcache.convert import Converted, Progress, Reading, Source, find
-from kdcache.convert.told import Told, columns_of, entries
-from kdcache.edit.rewrite import write_shards
 from kdcache.errors import ConfigError, SourceError
 from kdcache.fingerprint import digest_file, digest_parts
 from kdcache.store import Column, Kept, SampleTable, StorePlan, StoreWriter, plan_shards, standard_columns
+from kdcache.store.filling import write_shards
+from kdcache.store.told import Told, columns_of, entries
 from kdcache.tokenizer import load_tokenizer, tokenizer_files, tokenizer_fingerprint
 
 SHARD_ROWS, CHUNK_ROWS = 65536, 4096

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from kdcache.convert import Reading, Source, files_in
 from kdcache.convert.nested import columns_in, count_in, lists, rectangle, rows_of, vector
-from kdcache.convert.told import Told
 from kdcache.errors import SourceError
 from kdcache.store import Store
 from kdcache.store.schema import COUNTS, MASKED
+from kdcache.store.told import Told
 
 Array = NDArray[Any]
 

@@ -15,7 +15,7 @@ from kdcache.store import Column, Store, open_store
 from kdcache.store.rows import HEAD, targets_of
 from kdcache.store.writer import differing
 
-INPUTS = ("input_ids", "labels", "loss_mask")
+INPUTS = ("input_ids", "labels", "loss_mask", "label_values", "augmentation")
 DRAWS = ("draw_ids", "draw_logits")
 SAME = ("kind", "teacher", "tokenizer", "vocab_size", "k", "columns")
 """Members of the manifest in which stores must agree to become one."""
@@ -80,7 +80,7 @@ def select(
             "tail_log_partition": targets.tail,
         }
 
-    kept = [*INPUTS, *HEAD, *wanted]
+    kept = [name for name in (*INPUTS, *HEAD, *wanted) if name in opened.columns]
     new = [_resized(one, k) for one in opened.columns.values() if one.name in kept]
     said = {"select": opened.digest, "columns": kept, "k": k, "samples": [int(numbers[0]), int(numbers[-1]) + 1]}
     picked = Picked([_without(opened, kept)], np.zeros(len(numbers), dtype=np.int64), numbers)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.errors import Interrupted, SourceError
-from kdcache.process import stop_signals
+from kdcache.errors import SourceError
 from kdcache.store import Column, SampleTable, Shard, Store, StorePlan, StoreWriter, open_store, plan_shards
+from kdcache.store.filling import write_shards
 from kdcache.store.schema import RANKED
 
 Array = NDArray[Any]
@@ -141,51 +141,19 @@ def rewrite(
         changed = [change(*part[:3]) for part in parts]
         values = {column.name: np.concatenate([one[column.name] for one in changed]) for column in columns}
         extra = _joined([part[4] for part in parts])
-        return values, SampleTable([name for part in parts for name in part[3]], lengths[here], extra)
+        seen = None if plan.kind == "causal_lm" else [one for part in parts for one in part[5]]
+        return values, SampleTable([name for part in parts for name in part[3]], lengths[here], extra, seen)
 
     write_shards(writer, made, progress)
     writer.finish({"edited": said})
     return Edited(str(writer.digest), len(picked.number), int(lengths.sum()), open_store(out).nbytes)
 
 
-def write_shards(
-    writer: StoreWriter,
-    made: Callable[[int], tuple[dict[str, Array], SampleTable]],
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Commit every shard that is not there yet; return the positions of all.
-
-    Args:
-        writer: Of the store.
-        made: Gives the decoded columns and the samples of a shard.
-        progress: Called with positions done and all.
-
-    Raises:
-        Interrupted: SIGTERM or Ctrl-C; the same call goes on.
-    """
-    shards = writer.plan.shards
-    total = sum(shard.rows for shard in shards)
-    done = sum(shards[index].rows for index in writer.committed)
-    with stop_signals() as stopped:
-        for index in writer.unmade():
-            writer.write_shard(index, *made(index))
-            done += shards[index].rows
-            if progress:
-                progress(min(done, total), total)
-            if stopped.is_set():
-                raise Interrupted(
-                    "The work was stopped; finished shards are kept.",
-                    where=str(writer.root),
-                    hint="Run the same command again to go on.",
-                )
-    return total
-
-
-Run = tuple[dict[str, Array], int, Array, list[str], dict[str, Array]]
+Run = tuple[dict[str, Array], int, Array, list[str], dict[str, Array], list[bytes]]
 
 
 def _runs(picked: Picked, here: slice, read: Callable[[int, int], Shard]) -> Iterator[Run]:
-    """Yield columns, store, numbers, ids and pooled features of samples that lie in the same shard of a store."""
+    """Yield columns, store, numbers, ids, pooled features and digests of samples in the same shard of a store."""
     firsts = [np.asarray([one.first_sample for one in store.shards]) for store in picked.stores]
     at, number = picked.store[here], picked.number[here]
     shards = [int(np.searchsorted(firsts[a], n, side="right")) - 1 for a, n in zip(at, number, strict=True)]
@@ -201,7 +169,7 @@ def _runs(picked: Picked, here: slice, read: Callable[[int, int], Shard]) -> Ite
             if name.startswith("hidden.")
         }
         columns = {name: values[rows] for name, values in shard.columns.items()}
-        yield columns, store, numbers, table["sample_id"].to_pylist(), pooled
+        yield columns, store, numbers, table["sample_id"].to_pylist(), pooled, table["token_digest"].to_pylist()
 
 
 def _joined(parts: list[dict[str, Array]]) -> dict[str, Array]:

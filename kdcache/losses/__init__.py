@@ -1,28 +1,42 @@
-"""Divergences between teacher and student: pure functions of two lists of log-probabilities.
+"""Losses between teacher and student: pure functions, one value a position.
 
 Legend: `N` positions, `O` outcomes, `K` kept entries, `M` tail draws, `V` vocabulary, `D` width.
 
     hidden states --output_layer--> head and extra logits, rest --tails--> Pair --divergence--> nats [N]
+                                                                +-------> Heads --response--> values [N]
 
 A tail policy (`kdcache.losses.tails`, or `kdcache.losses.exact` over the whole vocabulary) decides what the
-outcomes are; a divergence knows nothing of heads, tails or temperatures. Nothing here masks, averages,
-weighs terms or multiplies by T**2: that is done once, by training.
+outcomes are; a divergence (`kdcache.losses.divergences`) knows nothing of heads, tails or temperatures. A
+response loss (`kdcache.losses.responses`) is one that log-probabilities are not enough for: it sees raw logits
+and labels. Nothing here masks, averages, weighs terms or multiplies by T**2: that is done once, by training.
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache import registry
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.targets.tensor import TensorTargets
 
-DIVERGENCES = ("forward_kl", "jsd", "reverse_kl")
-"""The divergences of this package; others come from entry points of the group `kdcache.losses`."""
+DIVERGENCES = (
+    "adaptive_kl",
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+)
+"""The divergences of this package; others come from entry points of the group `kdcache.losses.divergences`."""
+
+RESPONSES = ("dist", "dkd", "logit_mse", "ranking", "regression", "sigmoid", "standardised_kl")
+"""The response losses of this package; others come from entry points of the group `kdcache.losses.responses`."""
 
 FLOOR = -1e4
 """Log-probability, in nats, that stands in for minus infinity, so that no divergence is infinite."""
@@ -60,6 +74,70 @@ class Pair:
         return (terms if self.weight is None else terms * self.weight).sum(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Teacher and student at N positions: the teacher's head, and the student's raw logits of the same ids.
+
+    Attributes:
+        targets: The teacher.
+        logits: [N, K], the student's raw logits of `targets.ids`.
+        rest: [N], the student's log-sum-exp of logit / temperature over the other ids; minus infinity where K = V.
+        labels: int64 [N], ids; any where the loss needs none.
+        label_logit: [N], the student's raw logit of the label.
+        temperature: T, of both sides.
+    """
+
+    targets: TensorTargets
+    logits: Tensor
+    rest: Tensor
+    labels: Tensor
+    label_logit: Tensor
+    temperature: float
+
+    def wide(self) -> "Heads":
+        """Return the same with all values in one dtype: the wider of both sides', float32 at least."""
+        both = torch.promote_types(self.targets.logits.dtype, self.logits.dtype)
+        dtype = torch.promote_types(both, torch.float32)
+        return replace(
+            self,
+            targets=self.targets.each(lambda values: values.to(dtype) if values.is_floating_point() else values),
+            logits=self.logits.to(dtype),
+            rest=self.rest.to(dtype),
+            label_logit=self.label_logit.to(dtype),
+        )
+
+    def require_whole(self) -> None:
+        """Refuse targets that keep a part of the teacher's row.
+
+        Raises:
+            MismatchError: K < V.
+        """
+        if self.targets.k < self.targets.vocab_size:
+            raise MismatchError(
+                f"The loss needs whole rows of the teacher, and the targets keep {self.targets.k} "
+                f"of {self.targets.vocab_size} outputs.",
+                hint="Capture every output, or take a loss that works from a head.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A loss of raw logits and labels, and what training has to know of it.
+
+    Attributes:
+        loss: Takes `Heads`, then keyword parameters; returns one value a position [N], differentiable in the
+            student's side.
+        tempered: Whether the loss softens both sides by T, so that training multiplies it by T**2.
+        whole: Whether it needs K = V; it raises `MismatchError` otherwise.
+        labels: Whether every position needs a label.
+    """
+
+    loss: Callable[..., Tensor]
+    tempered: bool
+    whole: bool
+    labels: bool
+
+
 class LogitLoss(Protocol):
     """What `divergence` returns."""
 
@@ -73,18 +151,38 @@ def divergence(name: str, **parameters: Any) -> LogitLoss:
     Raises:
         ConfigError: There is no such divergence, or it has no such parameter.
     """
-    known = sorted({*DIVERGENCES, *(point.name for point in entry_points(group=__name__))})
-    if name not in known:
-        raise ConfigError(f"There is no divergence named {name!r}.", hint=f"Choose one of: {', '.join(known)}.")
-    plugin = registry.find(__name__, name)
-    accepted = list(inspect.signature(plugin).parameters)[1:]
+    return _bind("divergence", name, registry.find(f"{__name__}.divergences", name), parameters)
+
+
+def response(name: str, **parameters: Any) -> Response:
+    """Return the response loss of that name with its parameters set, such as `response("dkd", beta=2.0)`.
+
+    Raises:
+        ConfigError: There is no such response loss, or it has no such parameter.
+    """
+    plugin: Response = registry.find(f"{__name__}.responses", name)
+    return replace(plugin, loss=_bind("response", name, plugin.loss, parameters))
+
+
+def _bind(kind: str, name: str, function: Callable[..., Tensor], parameters: dict[str, Any]) -> partial[Tensor]:
+    accepted = list(inspect.signature(function).parameters)[1:]
     unknown = sorted(set(parameters) - set(accepted))
     if unknown:
         raise ConfigError(
-            f"The divergence {name} has no parameter {', '.join(map(repr, unknown))}.",
+            f"The {kind} {name} has no parameter {', '.join(map(repr, unknown))}.",
             hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
         )
-    return partial(plugin, **parameters)
+    return partial(function, **parameters)
 
 
-__all__ = ["DIVERGENCES", "FLOOR", "LogitLoss", "Pair", "divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "FLOOR",
+    "RESPONSES",
+    "Heads",
+    "LogitLoss",
+    "Pair",
+    "Response",
+    "divergence",
+    "response",
+]

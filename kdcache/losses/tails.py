@@ -7,8 +7,8 @@ Legend: `N` positions, `K` kept entries, `M` tail draws, `O` outcomes, `b = 1/T`
     bucket        bound      the head, and the whole tail as one outcome: never above the exact divergence
     renormalise   biased     the head alone, both sides rescaled to sum to one
 
-`bucket` is a bound because merging outcomes never raises an f-divergence (data processing), and both
-Kullback-Leibler divergences and JSD are f-divergences. With K = V all four agree.
+`bucket` is a bound because merging outcomes never raises an f-divergence (data processing), and every
+divergence here but `adaptive_kl` is an f-divergence. With K = V all four agree.
 """
 
 import logging
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def bucket(targets: TensorTargets, head_logits: Tensor, rest: Tensor, temperature: float) -> Pair:
-    """Return K + 1 outcomes, the last of them the whole tail: a lower bound of any divergence here.
+    """Return K + 1 outcomes, the last of them the whole tail: a lower bound of any f-divergence.
 
     The teacher's tail mass comes from its log-partition at this temperature, the student's from `rest`.
 

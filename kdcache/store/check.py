@@ -85,10 +85,12 @@ def _content(store: Store, index: int) -> Iterator[str]:
         yield "a row of head_ids has an id twice"
     if (logits[:, 1:] > logits[:, :-1]).any() or np.isnan(logits).any():
         yield "a row of head_logits does not descend"
+    if store.manifest.kind != "causal_lm":
+        return
     inputs, labels = shard.columns["input_ids"], shard.columns["labels"]
     digests = shard.table["token_digest"].to_pylist()
     for number, (start, stop) in enumerate(zip(shard.offsets[:-1], shard.offsets[1:], strict=True)):
         if token_digest(inputs[start:stop], labels[start:stop]) != digests[number]:
             yield f"the tokens of sample {shard.table['sample_id'][number].as_py()!r} are not those of the sample table"
-        if store.manifest.kind == "causal_lm" and (inputs[start + 1 : stop] != labels[start : stop - 1]).any():
+        if (inputs[start + 1 : stop] != labels[start : stop - 1]).any():
             yield f"the labels of sample {shard.table['sample_id'][number].as_py()!r} are not its next tokens"

@@ -31,11 +31,13 @@ class SampleTable:
         ids: One stable, unique id each.
         rows: int [S], positions of each.
         extra: Further columns of the sample table, each [S, ...] float32 (pooled features).
+        digests: Of what a classifier was given, 16 bytes each; None where the tokens are in the columns.
     """
 
     ids: Sequence[str]
     rows: Array
     extra: Mapping[str, Array] = field(default_factory=dict)
+    digests: Sequence[bytes] | None = None
 
 
 def start_objects(plan: StorePlan) -> Iterator[tuple[str, bytes]]:
@@ -102,7 +104,7 @@ def _sample_table(plan: StorePlan, index: int, columns: Mapping[str, Array], sam
     rows = np.asarray(samples.rows, dtype=np.int64)
     ends = np.cumsum(rows)
     shifted = int(plan.kind == "causal_lm")
-    digests = [
+    digests = samples.digests or [
         token_digest(columns["input_ids"][end - count : end], columns["labels"][end - count : end])
         for end, count in zip(ends.tolist(), rows.tolist(), strict=True)
     ]

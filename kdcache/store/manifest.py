@@ -36,7 +36,6 @@ MAX_ROWS, MAX_SHARDS, MAX_COLUMNS = 1 << 24, 10**6, 64
 MAX_K, MAX_VOCABULARY, MAX_ROW_BYTES, MAX_OBJECT_BYTES = 1 << 24, 1 << 24, 1 << 28, 1 << 33
 
 REQUIRED = (
-    "input_ids",
     "labels",
     "loss_mask",
     "head_ids",
@@ -224,7 +223,8 @@ def _checked(document: dict[str, Any]) -> Manifest:
     columns = tuple(_column(entry, shard_rows) for entry in document["columns"][: MAX_COLUMNS + 1])
     if len(columns) > MAX_COLUMNS or len({column.name for column in columns}) != len(columns):
         raise UnsafeError("The manifest has too many columns, or one twice.")
-    if lacking := [name for name in REQUIRED if name not in {column.name for column in columns}]:
+    required = ("input_ids", *REQUIRED) if kind == "causal_lm" else REQUIRED
+    if lacking := [name for name in required if name not in {column.name for column in columns}]:
         raise UnsafeError(f"The manifest has no column {lacking[0]!r}.")
     if features_of(columns) != (document.get("required_features") or []):
         raise UnsafeError("The manifest's tail has another number of values than its required features say.")

@@ -368,7 +368,7 @@ class Store(Sequence[Sample]):
 
     def _sample(self, table: pa.Table, number: int, columns: Mapping[str, Array]) -> Sample:
         labels = columns["labels"].astype(np.int64)
-        inputs = columns["input_ids"].astype(np.int64)
+        inputs = columns.get("input_ids", labels[:0]).astype(np.int64)
         hidden = {
             name.removeprefix("hidden."): values for name, values in columns.items() if name.startswith("hidden.")
         }

@@ -25,7 +25,7 @@ class Sample:
 
     Attributes:
         id: Stable id given by the source.
-        input_ids: int64 [L], all its tokens.
+        input_ids: int64 [L], all its tokens; none of a classifier's sample, whose inputs are examples.
         labels: int64 [L-1], the next token at every position.
         loss_mask: bool [L-1], where the label counts.
         targets: The teacher's compact distribution of every label, [L-1] rows.

@@ -19,7 +19,7 @@ from kdcache.targets.log_partition import AT_ONE, NODES
 
 ALIGNMENT = {
     "causal_lm": "row t is the teacher's distribution of token t+1 given tokens 0..t; L tokens give exactly L-1 rows",
-    "classifier": "one row a sample: the teacher's distribution of the sample's label",
+    "classifier": "one row for each label of a sample and each of its views: the teacher's distribution of that label",
 }
 
 AT_ONE_ONLY = "partial_targets"
@@ -240,11 +240,16 @@ class StorePlan:
 
 @dataclass(frozen=True, slots=True)
 class HiddenSpec:
-    """One layer's features to keep: its name, width and codec."""
+    """One layer's features to keep: its name, the width or shape of a row, and codec."""
 
     layer: str
-    width: int
+    width: int | tuple[int, ...]
     codec: str = "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row."""
+        return (self.width,) if isinstance(self.width, int) else self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +274,15 @@ class Kept:
 
 
 def standard_columns(
-    *, k: int, vocab_size: int, kept: Kept | None = None, draws: int = 0, hidden: Sequence[HiddenSpec] = ()
+    *,
+    k: int,
+    vocab_size: int,
+    kept: Kept | None = None,
+    draws: int = 0,
+    hidden: Sequence[HiddenSpec] = (),
+    inputs: bool = True,
 ) -> tuple[Column, ...]:
-    """Return the columns of a causal-LM store.
+    """Return the columns of a causal-LM store, or without inputs those of a classifier's.
 
     Args:
         k: Entries kept.
@@ -279,6 +290,7 @@ def standard_columns(
         kept: How.
         draws: Tail draws a position; 0 for none.
         hidden: Layers whose features are kept at every position.
+        inputs: Keep the token at the position; a classifier's inputs stay in its examples.
 
     Raises:
         ConfigError: A codec does not fit what it is asked to keep.
@@ -318,9 +330,9 @@ def standard_columns(
         ]
     for spec in hidden:
         described.append(
-            (f"hidden.{spec.layer}", spec.codec, {}, (spec.width,), "1", f"hidden state of layer {spec.layer}")
+            (f"hidden.{spec.layer}", spec.codec, {}, spec.shape, "1", f"hidden state of layer {spec.layer}")
         )
-    columns = tuple(replace(Column(*one), compressed=kept.compressed) for one in described)
+    columns = tuple(replace(Column(*one), compressed=kept.compressed) for one in described[0 if inputs else 1 :])
     for column in columns:
         try:
             column.arrays()

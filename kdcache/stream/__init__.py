@@ -87,7 +87,7 @@ class StreamDataset(IterableDataset[Batch]):
         while self._spare:
             if (one := self._spare.pop()).usable:
                 return one
-        columns = columns_read(self._config)
+        columns = columns_read(self._config, self._store)
         if get_worker_info() is not None:
             return Decoders(self._store, columns, threads=1)
         return Decoders(self._store, columns, processes=self._config.workers)
@@ -180,7 +180,7 @@ def output_head_of(store: Store) -> OutputHead:
 
 
 def _require_columns(store: Store, config: StreamConfig) -> None:
-    for name in columns_read(config):
+    for name in columns_read(config, store):
         if name not in store.columns:
             layers = [column.removeprefix("hidden.") for column in store.columns if column.startswith("hidden.")]
             raise ConfigError(

@@ -16,6 +16,7 @@ class StreamConfig(Section):
             bytes having travelled there.
         draws: Read the tail draws too.
         hidden: Layers whose features are read.
+        extra: Further columns, by their names.
         workers: Processes that decompress shards, into memory they share with this one (threads where the system is not
             Linux); 0 leaves it to two threads.
         rank: This process's number.
@@ -30,6 +31,7 @@ class StreamConfig(Section):
     packed: bool = False
     draws: bool = False
     hidden: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     workers: int = 0
     rank: int = 0
     world_size: int = 1

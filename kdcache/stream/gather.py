@@ -21,7 +21,8 @@ from kdcache.stream.decoders import Decoders
 from kdcache.targets.tensor import TensorTargets
 from kdcache.unpack import PackedColumn, PackedTargets, RankTable, unpack
 
-INPUTS = ("input_ids", "labels", "loss_mask")
+TOKENS = "input_ids"
+LABELS = ("labels", "loss_mask")
 TARGETS = ("head_ids", "head_logits", "tail_log_partition", "label_logit")
 DRAWS = ("draw_ids", "draw_logits")
 
@@ -42,14 +43,14 @@ RECYCLED_BYTES = (1 << 25) - (1 << 13)
 """The largest memory that glibc's allocator learns to keep when it is freed (32 MiB with its header)."""
 
 
-def columns_read(config: StreamConfig) -> list[str]:
-    """Return the names of the columns that a stream reads."""
-    names = list(INPUTS)
+def columns_read(config: StreamConfig, store: Store) -> list[str]:
+    """Return the names of the columns that a stream reads; a classifier's store has no tokens."""
+    names = [TOKENS, *LABELS] if store.manifest.kind == "causal_lm" else list(LABELS)
     if config.targets:
         names += TARGETS
     if config.draws:
         names += DRAWS
-    return names + [f"hidden.{layer}" for layer in config.hidden]
+    return [*names, *(f"hidden.{layer}" for layer in config.hidden), *config.extra]
 
 
 class ShardReader:
@@ -75,7 +76,7 @@ class ShardReader:
     ) -> None:
         self._store = store
         self._config = config
-        self._columns = columns_read(config)
+        self._columns = columns_read(config, store)
         self._samples, self._bounds = samples, bounds
         firsts = np.asarray([shard.first_sample for shard in store.shards])
         self._shards = np.searchsorted(firsts, samples, side="right") - 1
@@ -165,7 +166,7 @@ class ShardReader:
             span = slice(int(inside[0]), int(inside[-1]))
             here = {name: values[span] for name, values in columns.items()}
             yield Batch(
-                input_ids=here["input_ids"].long(),
+                input_ids=here["input_ids"].long() if "input_ids" in here else torch.zeros(0, dtype=torch.int64),
                 labels=here["labels"].long(),
                 mask=here["loss_mask"] == COUNTS,
                 offsets=torch.from_numpy(inside - inside[0]),
@@ -173,6 +174,7 @@ class ShardReader:
                 targets=_targets(here, self._store.vocab_size) if self._config.targets and not packs else None,
                 packed=self._packed_targets(packed, span) if packs else None,
                 hidden={name: here[f"hidden.{name}"] for name in self._config.hidden},
+                extra={name: here[name] for name in self._config.extra},
             )
 
     def _column(self, name: str, rows: NDArray[np.int64]) -> torch.Tensor:

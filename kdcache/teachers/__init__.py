@@ -5,11 +5,12 @@ Legend: `S` samples, `N` positions of all of them, `D` hidden width, `V` vocabul
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from kdcache import registry
@@ -23,8 +24,8 @@ class TeacherConfig(Section):
 
     Attributes:
         model: Folder, hub name, GGUF file (or a folder holding one), or `module:attribute` for a callable or
-            nn.Module; `module:attribute()` calls it first.
-        kind: transformers, callable, a plug-in's name; auto goes by `model`.
+            nn.Module; `module:attribute()` calls it first; or the URL of an OpenAI-compatible server, up to `/v1`.
+        kind: transformers, callable, served, vllm, a plug-in's name; auto goes by `model`.
         dtype: Of the weights and of the forward pass; auto takes the checkpoint's.
         device: cpu, cuda, cuda:1, mps; auto takes the accelerator if there is one.
         compile: Run the model through torch.compile.
@@ -32,7 +33,14 @@ class TeacherConfig(Section):
         revision: Of a hub model; the commit it resolves to is recorded.
         tokenizer: Folder or hub name; default: the model's own.
         trust_remote_code: Run code that comes with the model.
+        task: Of a classifier of the transformers library: sequence-classification, token-classification, masked-lm,
+            image-classification, audio-classification or encoder.
         batch_positions: Positions of a forward batch at most, padding included; halved on out-of-memory.
+        top: Log-probabilities that a served or vllm teacher is asked for at a position.
+        served_name: Of the model, as the server wants it; default: the first that it lists.
+        key_env: Environment variable that holds the server's key; the key itself is written nowhere.
+        requests: How many a server is sent at once.
+        vocab_size: Of a served model: the length of its row of logits; default: the tokenizer's.
     """
 
     model: str
@@ -44,7 +52,13 @@ class TeacherConfig(Section):
     revision: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    task: str = "sequence-classification"
     batch_positions: int = 4096
+    top: int = Field(default=5, ge=1)
+    served_name: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    requests: int = Field(default=4, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,36 @@ class Teacher(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a black box tells of one sample of L tokens; row t is about token t+1.
+
+    Attributes:
+        ids: int64 [L-1, C], the most likely ids, none left out between them; in any order.
+        log_probabilities: float32 [L-1, C], at T = 1; minus infinity where there is no candidate.
+        label_log_probabilities: float32 [L-1], token t+1's own; NaN where it was not told.
+        lost: How many candidates or positions could not be used, by reason.
+    """
+
+    ids: NDArray[np.int64]
+    log_probabilities: NDArray[np.float32]
+    label_log_probabilities: NDArray[np.float32]
+    lost: Mapping[str, int] = field(default_factory=dict)
+
+
+@runtime_checkable
+class BlackBox(Protocol):
+    """A teacher that tells the log-probabilities of its likeliest tokens and no more."""
+
+    def tell(self, samples: Sequence[NDArray[np.int64]]) -> list[Candidates]:
+        """Return what the teacher says of whole samples, given the tokens int64 [L] of each.
+
+        Raises:
+            TeacherError: It failed, or does not say what can be used.
+            AccessError, OutageError: It may not be asked, or did not answer.
+        """
+
+
 def load_teacher(config: TeacherConfig) -> Teacher:
     """Return the teacher that a config names.
 
@@ -107,7 +151,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     """
     kind = config.kind
     if kind == "auto":
-        kind = "callable" if ":" in config.model and "/" not in config.model.split(":")[0] else "transformers"
+        named = ":" in config.model and "/" not in config.model.split(":")[0]
+        kind = "served" if "://" in config.model else "callable" if named else "transformers"
     teacher: Teacher = registry.find("kdcache.teachers", kind)(config)
     return teacher
 

@@ -28,7 +28,9 @@ class StudentConfig(Section):
         model: Folder or hub name of a checkpoint.
         config: A transformers configuration from scratch: model_type and its sizes; the vocabulary is the teacher's.
         factory: `module:function`, called with `vocab_size`, returning an nn.Module from (input_ids, attention_mask)
-            [S, T] to logits [S, T, V] (or an object with `.logits`).
+            [S, T] to logits [S, T, V] (or an object with `.logits`); from a classifier's store, from the inputs by
+            name to [S, C] or [S, T, C], and `vocab_size` is C.
+        task: Head of a transformers student of a classifier's store; default: sequence-classification.
         dtype: Of the weights.
         revision: Of a hub model.
         any_template: Accept a checkpoint whose tokenizer writes chats otherwise than the teacher's.
@@ -40,6 +42,7 @@ class StudentConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
     any_template: bool = False
+    task: str | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "StudentConfig":
@@ -58,6 +61,9 @@ class DataConfig(Section):
         shuffle: In the order of (seed, epoch), else the store's.
         pool_shards: Shards whose samples are mixed.
         validation: A held-out store, for validation and early stopping.
+        examples: Folder of the inputs of a classifier's store.
+        inputs: Parameter of the student to field of the examples; default: as the teacher was given.
+        validation_examples: Folder of the held-out store's inputs; default: `examples`.
     """
 
     batch_size: int = Field(default=8, ge=1)
@@ -66,6 +72,9 @@ class DataConfig(Section):
     shuffle: bool = True
     pool_shards: int = Field(default=4, ge=1)
     validation: str | None = None
+    examples: str | None = None
+    inputs: dict[str, str] = Field(default_factory=dict)
+    validation_examples: str | None = None
 
 
 class HiddenLossConfig(Section):
@@ -73,23 +82,46 @@ class HiddenLossConfig(Section):
 
     Attributes:
         teacher: Layer name in the store.
-        student: final, embedding, or the number of a layer from 1.
-        kind: mse or cosine, after a learned projection of the student's features.
+        student: final, embedding, or the number of a layer from 1; of a student of examples a tap (kdcache/taps.py).
+        kind: mse, cosine, smooth_l1 (after a learned projection of the student's features) or attention_transfer;
+            rkd_distance, rkd_angle, similarity_preserving, pkt, cka, crd (among the samples of a batch); map_kl,
+            map_mse, value_relation (attention).
         weight: Factor on the term.
+        options: Of the loss, such as {beta: 0.5}.
+        normalise: The teacher's features by their mean and variance in the store.
     """
 
     teacher: str = "final"
     student: str = "final"
-    kind: Literal["mse", "cosine"] = "mse"
+    kind: str = "mse"
     weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+    normalise: bool = False
+
+
+class WeightConfig(Section):
+    """Positions that count more; see kdcache/train/weights.py.
+
+    Attributes:
+        by: Score of a position.
+        power: Of the score; negative turns it round.
+    """
+
+    by: Literal["teacher_loss", "entropy", "confidence", "margin", "correct", "student_loss"]
+    power: float = 1.0
 
 
 class LossConfig(Section):
     """alpha * T**2 * divergence(T) + (1 - alpha) * cross-entropy + the hidden terms, averaged over positions.
 
     Attributes:
-        divergence: forward_kl, reverse_kl, jsd, or a plug-in's name.
-        beta: Of jsd.
+        divergence: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, adaptive_kl; or a response
+            loss: logit_mse, standardised_kl, dkd, dist, ranking, sigmoid, regression; or a plug-in's name.
+        beta: Of jsd; the same as options.beta.
+        options: Of the divergence, such as {skew: 0.1}.
+        hard: What the labels are held against: cross_entropy (classes), sigmoid (a value of 0 to 1 each output) or mse
+            (any value each output).
+        weights: Positions that count more.
         temperature: T of both sides; a number or a schedule.
         alpha: Weight of the divergence; 0 is hard labels alone, and the teacher's rows are not read.
         tail: bucket (a lower bound), sampled (unbiased, needs draws), exact (needs an exact store), or renormalise
@@ -101,6 +133,9 @@ class LossConfig(Section):
 
     divergence: str = "forward_kl"
     beta: float | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    hard: Literal["cross_entropy", "sigmoid", "mse"] = "cross_entropy"
+    weights: WeightConfig | None = None
     temperature: float | Schedule = 1.0
     alpha: float | Schedule = 0.9
     tail: Literal["bucket", "sampled", "exact", "renormalise"] = "bucket"

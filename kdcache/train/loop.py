@@ -19,6 +19,7 @@ from torch import nn
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, Interrupted, OutageError, TrainingError
+from kdcache.losses import RESPONSES
 from kdcache.losses.tails import POLICY_KIND
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.store import Store, open_store
@@ -26,6 +27,7 @@ from kdcache.store.objects import write_object
 from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.train import checkpoint
 from kdcache.train.config import TrainConfig
+from kdcache.train.feed import Feed
 from kdcache.train.objective import Objective, needs
 from kdcache.train.result import METRICS, RESULT, TrainProgress, TrainResult
 from kdcache.train.schedule import extremes, learning_rate, value_at
@@ -75,8 +77,12 @@ class Run:
         self._accelerator = Accelerator(mixed_precision=run.precision, cpu=run.device == "cpu")
         if run.device == "cuda" and self._accelerator.device.type != "cuda":
             raise ConfigError("There is no CUDA device.", where="run.device", hint="Use auto or cpu.")
+        self._feed = None if store.manifest.kind == "causal_lm" else Feed(store, config.data)
+        if self._feed is not None:
+            self._feed.require_labels(config.loss)
         student = build_student(config.student, store, seed=run.seed)
-        self._plain = Objective(config.loss, student, store, live=transform is not None)
+        probe = None if self._feed is None else self._feed.probe()
+        self._plain = Objective(config.loss, student, store, live=transform is not None, probe=probe)
         optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
         self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
         self._loader = Loader(store, self._stream())
@@ -186,7 +192,8 @@ class Run:
             per_epoch = len(self._loader)
             if per_epoch == 0:
                 raise ConfigError("The store has fewer samples than a global batch.", where="data.batch_size")
-            for batch in self._loader:
+            for read in self._loader:
+                batch = read if self._feed is None else self._feed.fill(read, self._loader.epoch)
                 yield batch, {"ended": self._loader.batches == per_epoch}
 
     def _record(
@@ -237,6 +244,7 @@ class Run:
             batch_size=self._config.data.batch_size,
             device=self._accelerator.device,
             chunk=self._config.loss.chunk_positions or None,
+            data=self._config.data,
         )
         self._validation = found
         value = getattr(found, self._config.run.metric)
@@ -334,6 +342,7 @@ class Run:
             packed=self._accelerator.device.type != "cpu",
             draws=wanted.draws and not live,
             hidden=() if live else wanted.hidden,
+            extra=() if self._feed is None else self._feed.extra,
             workers=data.workers,
             rank=self._accelerator.process_index,
             world_size=self._accelerator.num_processes,
@@ -354,4 +363,9 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 def _tail(config: TrainConfig) -> str:
     if extremes(config.loss.alpha)[1] == 0:
         return "none: hard labels only"
-    return f"{config.loss.tail} ({POLICY_KIND[config.loss.tail]})"
+    if config.loss.divergence in RESPONSES:
+        return f"{config.loss.divergence} (exact where the store keeps every output)"
+    kind = POLICY_KIND[config.loss.tail]
+    if config.loss.divergence == "adaptive_kl" and kind == "bound":
+        kind = "neither exact nor a bound"
+    return f"{config.loss.tail} ({kind})"

@@ -7,30 +7,28 @@ the gradient's size as T changes). Sums are divided by the positions of the whol
 and ranks give the gradient of one large batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, MismatchError
-from kdcache.losses import divergence
+from kdcache.losses import RESPONSES, Heads, divergence, response
 from kdcache.losses.cross_entropy import cross_entropy
 from kdcache.losses.exact import exact_divergence
-from kdcache.losses.hidden_cosine import hidden_cosine
-from kdcache.losses.hidden_mse import hidden_mse
 from kdcache.losses.output_layer import first_ids, log_partition, output_layer, suitable_chunk
-from kdcache.losses.projector import Projector
 from kdcache.losses.tails import policy
 from kdcache.store import Store
 from kdcache.targets import inverse
 from kdcache.targets.tensor import OutputHead, TensorTargets
 from kdcache.train.config import LossConfig
+from kdcache.train.features import FeatureTerms
 from kdcache.train.schedule import extremes
-from kdcache.train.student import StudentOutput, is_fused, run_student, width_of
-
-FEATURE_LOSSES = {"mse": hidden_mse, "cosine": hidden_cosine}
+from kdcache.train.student import StudentOutput, is_fused, layer_shapes, run_student
+from kdcache.train.weights import position_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +46,9 @@ def needs(config: LossConfig) -> Needs:
     distils = extremes(config.alpha)[1] > 0
     exact = distils and config.tail == "exact"
     layers = [one.teacher for one in config.hidden] + (["final"] if exact else [])
+    weighed = config.weights is not None and config.weights.by != "student_loss"
     return Needs(
-        targets=distils and not exact,
+        targets=(distils and not exact) or weighed,
         draws=distils and config.tail == "sampled",
         hidden=tuple(dict.fromkeys(layers)),
         output_head=exact,
@@ -64,25 +63,35 @@ class Objective(nn.Module):
         student: The model.
         store: Gives the teacher's widths and vocabulary.
         live: A live teacher fills the batches, so the store's columns do not matter.
+        probe: Inputs of two samples, of students of examples.
     """
 
-    def __init__(self, config: LossConfig, student: nn.Module, store: Store, *, live: bool = False) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        student: nn.Module,
+        store: Store,
+        *,
+        live: bool = False,
+        probe: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if not live:
             _require_columns(config, store)
         _require_sense(config)
         self.student = student
-        self.fused = is_fused(student)
+        self.fused = probe is None and is_fused(student)
         self._config = config
         self._vocab_size = store.vocab_size
-        options: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
-        self._divergence = divergence(config.divergence, **options)
+        options = {**config.options, **({} if config.beta is None else {"beta": config.beta})}
+        responds = config.divergence in RESPONSES
+        self._response = response(config.divergence, **options) if responds else None
+        self._divergence = divergence("forward_kl") if responds else divergence(config.divergence, **options)
         self._layers = [one.student for one in config.hidden]
         if config.tail == "exact" and extremes(config.alpha)[1] > 0 and not self.fused:
             raise ConfigError("The tail policy exact needs a student with an output layer.", where="loss.tail")
-        self.projectors = nn.ModuleList(
-            Projector(width_of(student), store.columns[f"hidden.{one.teacher}"].shape[0]) for one in config.hidden
-        )
+        shapes = layer_shapes(student, self._layers, probe) if config.hidden else {}
+        self.features = FeatureTerms(config.hidden, store, shapes)
 
     def forward(self, batch: Batch, alpha: float, temperature: float, positions: float) -> dict[str, Tensor]:
         """Return the terms of a micro-batch, each a sum over its counted positions divided by `positions`.
@@ -96,16 +105,22 @@ class Objective(nn.Module):
         Returns:
             loss (what is differentiated), divergence (without T**2), cross_entropy, hidden: nats a position.
         """
-        output = run_student(self.student, batch.padded(), self._layers, fused=self.fused)
+        output = run_student(self.student, batch, self._layers, fused=self.fused)
         rows = batch.mask.nonzero()[:, 0]
         kd, ce = self._terms(batch, output, rows, alpha, temperature)
-        hidden = self._hidden(batch, output, rows)
+        if self._config.weights is not None:
+            known = None if batch.targets is None else batch.targets[rows]
+            weights = position_weights(self._config.weights, known, batch.labels[rows], ce)
+            kd, ce = kd * weights, ce * weights
+        hidden = self.features(output.layers, batch, rows)
         terms = {
             "divergence": kd.sum() / positions,
             "cross_entropy": ce.sum() / positions,
             "hidden": hidden / positions,
         }
-        loss = alpha * temperature**2 * terms["divergence"] + (1 - alpha) * terms["cross_entropy"] + terms["hidden"]
+        tempered = self._response is None or self._response.tempered
+        soft = terms["divergence"] * (temperature**2 if tempered else 1.0)
+        loss = alpha * soft + (1 - alpha) * terms["cross_entropy"] + terms["hidden"]
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def _terms(
@@ -113,6 +128,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return divergence and cross-entropy [counted positions]."""
         labels = batch.labels[rows]
+        if self._config.hard != "cross_entropy":
+            return self._values(batch, output, rows, alpha, temperature)
         if alpha == 0:
             _, ce = self._sparse(output, rows, labels[:, None], labels[:, None], (1.0,))
             return torch.zeros_like(ce), ce
@@ -128,10 +145,33 @@ class Objective(nn.Module):
             output, rows, targets.ids.long(), _extra(labels, targets, self._config.tail), (inverse(temperature), 1.0)
         )
         head_logits, extra, rest = sparse
+        if self._response is not None:
+            heads = Heads(targets, head_logits, rest[:, 0], labels, extra[:, 0], temperature)
+            return self._response.loss(heads), ce
         arguments = [targets, head_logits, rest[:, 0], temperature]
         if self._config.tail == "sampled":
             arguments.append(extra[:, 1:])
         return self._divergence(policy(self._config.tail)(*arguments)), ce
+
+    def _values(
+        self, batch: Batch, output: StudentOutput, rows: Tensor, alpha: float, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return divergence and hard loss [counted positions] of outputs that are values, not classes."""
+        assert output.logits is not None  # _require_values has looked
+        logits = output.logits[rows].float()
+        hard = torch.zeros(len(rows), device=logits.device)
+        if alpha < 1:
+            values = batch.extra["label_values"][rows]
+            each = binary_cross_entropy_with_logits(logits, values, reduction="none")
+            hard = each.sum(1) if self._config.hard == "sigmoid" else (logits - values).square().mean(1)
+        if alpha == 0:
+            return torch.zeros_like(hard), hard
+        assert batch.targets is not None  # `needs` has asked for them
+        assert self._response is not None  # `_require_sense` has looked
+        targets = batch.targets[rows]
+        own, labels = logits.gather(1, targets.ids.long()), batch.labels[rows]
+        empty = torch.full_like(own[:, 0], -torch.inf)
+        return self._response.loss(Heads(targets, own, empty, labels, own[:, 0], temperature)), hard
 
     def _sparse(
         self,
@@ -169,13 +209,6 @@ class Objective(nn.Module):
     def _chunk(self, rows: Tensor) -> int:
         return self._config.chunk_positions or suitable_chunk(self._vocab_size, rows.device)
 
-    def _hidden(self, batch: Batch, output: StudentOutput, rows: Tensor) -> Tensor:
-        total = torch.zeros((), device=rows.device)
-        for one, projector in zip(self._config.hidden, self.projectors, strict=True):
-            projected = projector(output.layers[one.student][rows])
-            total = total + one.weight * FEATURE_LOSSES[one.kind](projected, batch.hidden[one.teacher][rows]).sum()
-        return total
-
 
 def _extra(labels: Tensor, targets: TensorTargets, tail: str) -> Tensor:
     if tail == "sampled" and targets.draw_ids is not None:
@@ -195,6 +228,14 @@ def _of_logits(
 
 def _require_sense(config: LossConfig) -> None:
     low, high = extremes(config.alpha)
+    if config.hard != "cross_entropy" and high > 0 and config.divergence not in ("sigmoid", "regression"):
+        raise ConfigError(
+            f"Outputs that are values are not compared by {config.divergence}.",
+            where="loss.divergence",
+            hint="Use sigmoid or regression.",
+        )
+    if config.divergence in RESPONSES and config.tail != "bucket":
+        raise ConfigError(f"{config.divergence} has no tail policy.", where="loss.tail", hint="Leave it out.")
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"alpha goes from {low} to {high}, outside 0 to 1.", where="loss.alpha")
     if extremes(config.temperature)[0] <= 0:

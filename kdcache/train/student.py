@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.batch import Padded
+from kdcache.batch import Batch
 from kdcache.errors import AccessError, ConfigError, MismatchError, TrainingError
 from kdcache.store import Store
+from kdcache.taps import run as run_tapped
 from kdcache.targets.tensor import OutputHead
+from kdcache.tasks import model_class
 from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train.config import StudentConfig
 
@@ -31,7 +33,7 @@ class StudentOutput:
         hidden: Last hidden states [N, D], or None for a student that only gives logits.
         head: Its output layer, or None.
         logits: [N, V], or None.
-        layers: Layer name to features [N, D].
+        layers: Layer name to features [N, D]; of students of examples [S, ...].
     """
 
     hidden: Tensor | None
@@ -50,9 +52,40 @@ def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Modul
         ConfigError: The configuration or factory does not make a model.
     """
     torch.manual_seed(seed)
+    if store.manifest.kind != "causal_lm":
+        return _classifier(config, store.vocab_size)
     model = _built(config, store)
     _require_causal(model, store.vocab_size)
     return model
+
+
+def _classifier(config: StudentConfig, classes: int) -> nn.Module:
+    """Return a student of examples with as many outputs as the teacher."""
+    if config.factory is not None:
+        return _from_factory(config.factory, classes)
+    kind = model_class(config.task or "sequence-classification")
+    try:
+        if config.config is not None:
+            from transformers import AutoConfig
+
+            sizes = {"num_labels": classes, "attn_implementation": "eager", **config.config}
+            made = kind.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes))
+            return made.to(getattr(torch, config.dtype))  # type: ignore[no-any-return]
+        return kind.from_pretrained(  # type: ignore[no-any-return]
+            config.model,
+            num_labels=classes,
+            dtype=getattr(torch, config.dtype),
+            revision=config.revision,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"The student is not made: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where="student",
+            hint="Give a model_type and its sizes, or a checkpoint, and student.task.",
+        ) from error
 
 
 def _built(config: StudentConfig, store: Store) -> nn.Module:
@@ -140,12 +173,16 @@ def head_of(model: Any) -> OutputHead:
     return OutputHead(layer.weight, layer.bias, float(scale), getattr(text, "final_logit_softcapping", None))
 
 
-def run_student(model: Any, padded: Padded, layers: Sequence[str], *, fused: bool) -> StudentOutput:
-    """Return the student's flat output for a padded batch.
+def run_student(model: Any, batch: Batch, layers: Sequence[str], *, fused: bool) -> StudentOutput:
+    """Return the student's flat output for a batch.
 
     Raises:
         ConfigError: It has no layer of a name.
+        MismatchError: It has other outputs than the teacher, or does not answer for every token where the teacher did.
     """
+    if batch.inputs:
+        return _run_on_examples(model, batch, layers)
+    padded = batch.padded()
     if not fused:
         out = model(padded.input_ids, padded.attention_mask)
         logits = _logits(out)
@@ -171,9 +208,35 @@ def run_student(model: Any, padded: Padded, layers: Sequence[str], *, fused: boo
     return StudentOutput(hidden, head_of(model), None, found)
 
 
-def width_of(model: Any) -> int:
-    """Return the student's hidden width."""
-    return int(model.config.get_text_config().hidden_size)
+def _run_on_examples(model: Any, batch: Batch, layers: Sequence[str]) -> StudentOutput:
+    logits, found = run_tapped(model, batch.inputs, layers)
+    if (logits.ndim == 3) != (batch.places is not None):
+        raise MismatchError(
+            f"The student gives logits of shape {tuple(logits.shape)}; the teacher gave "
+            f"{'one answer a sample' if batch.places is None else 'one for each token'}.",
+            where="student",
+        )
+    flat = logits if batch.places is None else logits.flatten(0, 1)[batch.places]
+    return StudentOutput(None, None, flat, found)
+
+
+@torch.no_grad()
+def layer_shapes(model: Any, layers: Sequence[str], probe: Mapping[str, Tensor] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of a row of each of the student's layers.
+
+    Args:
+        model: The student, on the CPU.
+        layers: Their names.
+        probe: Inputs of two samples, of students of examples; others have one width.
+    """
+    if probe is None:
+        return dict.fromkeys(layers, (int(model.config.get_text_config().hidden_size),))
+    training = model.training
+    model.eval()
+    try:
+        return {name: tuple(value.shape[1:]) for name, value in run_tapped(model, probe, layers)[1].items()}
+    finally:
+        model.train(training)
 
 
 def save_student(model: Any, config: StudentConfig, tokenizer_files: Mapping[str, bytes], folder: Path) -> None:
@@ -192,8 +255,14 @@ def save_student(model: Any, config: StudentConfig, tokenizer_files: Mapping[str
         (folder / name).write_bytes(data)
 
 
-def load_student(folder: Path, factory: str | None, vocab_size: int) -> nn.Module:
+def load_student(folder: Path, factory: str | None, vocab_size: int, task: str | None = None) -> nn.Module:
     """Return a saved student.
+
+    Args:
+        folder: Of the run.
+        factory: That made it, or None.
+        vocab_size: Outputs.
+        task: Head of a transformers model; None for a causal language model.
 
     Raises:
         AccessError: The folder holds no student that loads.
@@ -205,6 +274,10 @@ def load_student(folder: Path, factory: str | None, vocab_size: int) -> nn.Modul
             model = _from_factory(factory, vocab_size)
             load_model(model, str(folder / "model.safetensors"))
             return model
+        if task is not None:
+            kind = model_class(task)
+            options = {"use_safetensors": True, "attn_implementation": "eager"}
+            return kind.from_pretrained(str(folder), **options)  # type: ignore[no-any-return]
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)  # type: ignore[no-any-return]

@@ -21,6 +21,8 @@ from kdcache.losses.tails import policy
 from kdcache.store import Store
 from kdcache.stream import Loader, StreamConfig
 from kdcache.targets.tensor import OutputHead
+from kdcache.train.config import DataConfig
+from kdcache.train.feed import Feed
 from kdcache.train.student import StudentOutput, is_fused, run_student
 
 
@@ -69,6 +71,7 @@ def held_out(
     device: torch.device | str = "cpu",
     head: OutputHead | None = None,
     chunk: int | None = None,
+    data: DataConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Return the measurements of a student on every sample of a store, in the store's order.
@@ -80,14 +83,25 @@ def held_out(
         device: Where the student is.
         head: The teacher's output layer: with it, and the last hidden state in the store, the KL is exact.
         chunk: Positions of the output layer at a time; default: what suits the vocabulary and the device.
+        data: Names the examples of a classifier's store.
         progress: Called with samples done and all.
 
     Raises:
         MismatchError: The student's vocabulary is smaller than the store's.
     """
     exact = head is not None and "hidden.final" in store.columns
-    config = StreamConfig(batch_size=batch_size, shuffle=False, pool_shards=1, hidden=("final",) if exact else ())
-    fused = is_fused(student)
+    feed = None
+    if store.manifest.kind != "causal_lm":
+        own = data or DataConfig()
+        feed = Feed(store, own.model_copy(update={"examples": own.validation_examples or own.examples}))
+    config = StreamConfig(
+        batch_size=batch_size,
+        shuffle=False,
+        pool_shards=1,
+        hidden=("final",) if exact else (),
+        extra=() if feed is None else feed.extra,
+    )
+    fused = feed is None and is_fused(student)
     chunk = chunk or suitable_chunk(store.vocab_size, torch.device(device))
     training = student.training
     student.eval()
@@ -95,9 +109,10 @@ def held_out(
     done = 0
     began = time.perf_counter()
     try:
-        for batch in Loader(store, config):
+        for read in Loader(store, config):
+            batch = read if feed is None else feed.fill(read, 0)
             here = batch.to(device)
-            output = run_student(student, here.padded(), (), fused=fused)
+            output = run_student(student, here, (), fused=fused)
             values = _sums(here, output, store.vocab_size, head if exact else None, chunk).double().cpu()
             sums = values if sums is None else sums + values
             done += batch.num_samples

@@ -10,7 +10,7 @@ from kdcache.errors import MismatchError
 from kdcache.losses import divergence
 from kdcache.losses.exact import exact_divergence
 from kdcache.targets.tensor import OutputHead
-from tests.losses.dense import DIVERGENCES, TEMPERATURES, dense, rows
+from tests.losses.dense import DIVERGENCES, F_DIVERGENCES, TEMPERATURES, dense, rows
 
 every = pytest.mark.parametrize(("name", "parameters"), DIVERGENCES)
 
@@ -55,7 +55,7 @@ def test_it_is_the_dense_divergence_over_real_ids_with_its_gradients(
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)
 
 
-@every
+@pytest.mark.parametrize(("name", "parameters"), F_DIVERGENCES)
 def test_gradients_pass_the_numerical_check(name: str, parameters: dict[str, Any]) -> None:
     hidden, head, teacher_hidden, teacher_head = models(3, 8)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import kdcache.losses
 
-FILES = sorted(Path(kdcache.losses.__file__).parent.glob("*.py"))
+ROOT = Path(kdcache.losses.__file__).parent
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "divergences").glob("*.py")])
 PROGRAM = """
 import importlib, pkgutil, sys
 import kdcache.losses
-for module in pkgutil.iter_modules(kdcache.losses.__path__):
-    importlib.import_module(f"kdcache.losses.{module.name}")
+for module in pkgutil.walk_packages(kdcache.losses.__path__, "kdcache.losses."):
+    importlib.import_module(module.name)
 print(*(name for name in sys.modules if name.startswith(("kdcache.teachers", "kdcache.capture", "transformers"))))
 """
 

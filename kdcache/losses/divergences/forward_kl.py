@@ -10,7 +10,8 @@ def forward_kl(pair: Pair) -> Tensor:
 
     Summed as `p log(p / q) - p + q`. The last two terms cancel over all outcomes, so the value is the
     textbook one; but every term is non-negative and flat at p = q, so a sum over weighted draws has neither
-    a negative value nor gradient noise once the student agrees with the teacher.
+    a negative value nor gradient noise once the student agrees with the teacher. Exact over all outcomes, a
+    lower bound where the tail is one bucket, unbiased over weighted draws.
     """
     pair = pair.finite()
     p, q = pair.log_p.exp(), pair.log_q.exp()

@@ -13,8 +13,9 @@ def jsd(pair: Pair, beta: float = 0.5) -> Tensor:
     """Return JSD(beta) [N] in nats: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     p is the teacher. Divided by beta it tends to the forward KL as beta goes to 0; divided by 1 - beta, to
-    the reverse KL as beta goes to 1. At 0.5 it is at most log 2. Source: On-Policy Distillation of Language
-    Models (GKD), Agarwal et al., 2024, section 2.
+    the reverse KL as beta goes to 1. At 0.5 it is at most log 2. Exact over all outcomes, a lower bound where
+    the tail is one bucket, unbiased over weighted draws. Source: On-Policy Distillation of Language Models
+    (GKD), Agarwal et al., 2024, section 2.
 
     Raises:
         ConfigError: beta is not strictly between 0 and 1, where the divergence would vanish.

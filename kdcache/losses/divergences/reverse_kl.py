@@ -9,7 +9,8 @@ def reverse_kl(pair: Pair) -> Tensor:
     """Return KL(student || teacher) [N] in nats.
 
     Summed as `q log(q / p) - q + p`, for the reason given at `forward_kl`. An outcome that the teacher holds
-    impossible costs q times minus `FLOOR`: large, not infinite.
+    impossible costs q times minus `FLOOR`: large, not infinite. Exact over all outcomes, a lower bound where the
+    tail is one bucket, unbiased over weighted draws.
     """
     pair = pair.finite()
     p, q = pair.log_p.exp(), pair.log_q.exp()

@@ -1,4 +1,4 @@
-"""What a foreign file tells of a sample, and the columns of a store that can be made of it.
+"""What a black box (a foreign file, a served model) tells of a sample, and the columns of a store made of it.
 
 Legend: `N` positions, `L` tokens of a sample, `C` entries a position, `K` kept entries, `V` vocabulary.
 
@@ -26,7 +26,7 @@ SURPLUS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One sample as a foreign file tells it.
+    """One sample as a foreign file or a served model tells it.
 
     Attributes:
         id: Unique.
@@ -36,6 +36,7 @@ class Told:
         log_probabilities: float32 [L-1, C], at T = 1; minus infinity where there is no candidate.
         columns: Decoded columns [L-1, ...] that a store needs, where the file tells all of them; the candidates are
             then empty.
+        label_log_probabilities: float32 [L-1], the label's own, candidate or not; NaN where it was not told.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Told:
     ids: NDArray[np.int64]
     log_probabilities: NDArray[np.float32]
     columns: Mapping[str, Array] | None = None
+    label_log_probabilities: NDArray[np.float32] | None = None
 
 
 def entries(sample: Told, vocab_size: int) -> NDArray[np.int64]:
@@ -76,7 +78,10 @@ def columns_of(sample: Told, *, k: int, vocab_size: int, counts: Counter[str]) -
     ids, values = _ordered(sample, vocab_size)
     _require_probabilities(sample.id, values)
     here = ids == labels[:, None]
-    label = np.where(here.any(1), np.where(here, values, -np.inf).max(1), np.nan)
+    own = np.full(len(labels), np.nan) if sample.label_log_probabilities is None else sample.label_log_probabilities
+    label = np.where(here.any(1), np.where(here, values, -np.inf).max(1), own)
+    # of the tail, the label may be told alone
+    beside = np.where(here.any(1) | np.isnan(own), 0, np.exp(own.astype(np.float64)))
     complete = np.isfinite(values[:, k - 1]) if values.shape[1] >= k else np.zeros(len(labels), dtype=bool)
     mask = np.where(complete, np.where(sample.counts, COUNTS, MASKED), np.where(sample.counts, INVALID, MASKED))
     counts["too few candidates"] += int((mask == INVALID).sum())
@@ -84,7 +89,7 @@ def columns_of(sample: Told, *, k: int, vocab_size: int, counts: Counter[str]) -
     kept_ids, kept = np.tile(np.arange(k), (len(labels), 1)), np.zeros((len(labels), k), dtype=np.float32)
     kept_ids[complete], kept[complete] = ids[complete, :k], values[complete, :k]
     tail = np.zeros((len(labels), 1), dtype=np.float32)
-    tail[complete] = _tail(values[complete], k, vocab_size)[:, None]
+    tail[complete] = _tail(values[complete], beside[complete], k, vocab_size)[:, None]
     return {
         **shared,
         "loss_mask": mask.astype(np.int32),
@@ -127,12 +132,12 @@ def _require_probabilities(name: str, values: Array) -> None:
         )
 
 
-def _tail(values: Array, k: int, vocab_size: int) -> Array:
+def _tail(values: Array, beside: Array, k: int, vocab_size: int) -> Array:
     """Return the tail's log-partition at b = 1 minus the last kept log-probability [N]."""
     if k == vocab_size:
         return np.full(len(values), -np.inf)
     wide = values.astype(np.float64)
-    head, told = np.exp(wide[:, :k]).sum(1), np.exp(wide[:, k:]).sum(1)
+    head, told = np.exp(wide[:, :k]).sum(1), np.exp(wide[:, k:]).sum(1) + beside
     with np.errstate(divide="ignore"):
         # rounded probabilities may add up to more than 1; of what lies beyond the head some may still be told
         mass = np.log(np.maximum(1 - head, told)) - wide[:, k - 1]

@@ -1,0 +1,135 @@
+"""Augmentations that are drawn once, stored as numbers, and done again to the bit.
+
+Legend: `S` samples, `C` channels, `H` height, `W` width, `P` = 9 numbers a view.
+
+What is drawn for a sample and a view depends on (seed, sample id, view) alone, by a keyed hash: not on order, batch or
+process. The numbers lie in the store's column `augmentation`, and the digest of the changed pixels in its sample table,
+so that a student's loader proves that it sees what the teacher saw. Only whole-pixel moves, flips and a few arithmetic
+operations in a fixed order are made: they give the same bits with any release of numpy. `VERSION` changes with them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.config import Section
+from kdcache.fingerprint import digest_bytes
+
+Array = NDArray[Any]
+
+VERSION = 1
+TOP, LEFT, FLIP, OP, MAGNITUDE, PARTNER, SHARE, VIEW, SAME = range(9)
+NUMBERS = 9
+"""Of a view: crop offset down and right in pixels, whether mirrored, operation and magnitude, partner's place among the
+examples (or -1) and its share, the view's number, and whether nothing is done at all."""
+
+OPERATIONS = ("none", "brightness", "contrast", "invert", "erase")
+
+
+class AugmentConfig(Section):
+    """What is drawn for every view of an image.
+
+    Attributes:
+        field: That is augmented, [S, C, H, W] or [S, H, W].
+        views: V, drawn for each sample; training takes one an epoch in turn.
+        plain_first: View 0 is the image as it is.
+        crop: Pixels of zeros put around, out of which a part of the old size is cut; 0 for none.
+        flip: Mirror half of them left to right.
+        operations: Drawn from, one a view.
+        magnitude: Largest change of brightness and contrast, and share of the side that is erased.
+        mix: Share of the views that are mixed with another sample (mixup, Zhang et al. 2018).
+        seed: Of the draws.
+    """
+
+    field: str = "pixels"
+    views: int = 1
+    plain_first: bool = True
+    crop: int = 0
+    flip: bool = False
+    operations: tuple[str, ...] = ("none",)
+    magnitude: float = 0.3
+    mix: float = 0.0
+    seed: int = 0
+
+
+def draw(config: AugmentConfig, ids: Sequence[str], places: Array, count: int) -> NDArray[np.float32]:
+    """Return the numbers [S, V, P] of every view of some samples.
+
+    Args:
+        config: What is drawn from.
+        ids: Of the samples.
+        places: int [S], where they stand among the examples; a sample is not its own partner.
+        count: Examples there are to mix with.
+    """
+    found = np.zeros((len(ids), config.views, NUMBERS), dtype=np.float32)
+    found[:, :, PARTNER] = -1
+    for row, name in enumerate(ids):
+        for view in range(config.views):
+            numbers = found[row, view]
+            numbers[VIEW] = view
+            if view == 0 and config.plain_first:
+                numbers[SAME] = 1
+                continue
+            u = _uniforms(f"{config.seed}/{view}/{name}")
+            numbers[TOP], numbers[LEFT] = (int(one * (2 * config.crop + 1)) for one in u[:2])
+            numbers[FLIP] = config.flip and u[2] < 0.5
+            numbers[OP] = OPERATIONS.index(config.operations[int(u[3] * len(config.operations))])
+            numbers[MAGNITUDE] = np.float32(config.magnitude * (2 * u[4] - 1))
+            if u[5] < config.mix and count > 1:
+                partner = int(u[6] * (count - 1))
+                numbers[PARTNER] = partner + (partner >= int(places[row]))
+                numbers[SHARE] = np.float32(0.5 * u[7])
+    return found
+
+
+def apply(config: AugmentConfig, images: Array, numbers: Array, partners: Array) -> Array:
+    """Return images as their numbers say, in their dtype; the same bits each time.
+
+    Args:
+        config: Only its `crop` is used.
+        images: [S, C, H, W] or [S, H, W]; uint8, or floats of 0 to 1.
+        numbers: [S, P].
+        partners: Images to mix with, [S, ...]; those of rows without one are not looked at.
+    """
+    top = 255.0 if images.dtype == np.uint8 else 1.0
+    made = np.empty_like(images)
+    for row, own in enumerate(numbers):
+        made[row] = images[row] if own[SAME] else _one(images[row], own, partners[row], config.crop, top)
+    return made
+
+
+def _one(image: Array, own: Array, partner: Array, crop: int, top: float) -> Array:
+    height, width = image.shape[-2:]
+    if crop:
+        edges = [(0, 0)] * (image.ndim - 2) + [(crop, crop)] * 2
+        down, right = int(own[TOP]), int(own[LEFT])
+        image = np.pad(image, edges)[..., down : down + height, right : right + width]
+    if own[FLIP]:
+        image = image[..., ::-1]
+    values = image.astype(np.float32)
+    operation, magnitude = OPERATIONS[int(own[OP])], np.float32(own[MAGNITUDE])
+    if operation == "brightness":
+        values = values + magnitude * np.float32(top)
+    elif operation == "contrast":
+        middle = np.float32(top / 2)
+        values = (values - middle) * (np.float32(1) + magnitude) + middle
+    elif operation == "invert":
+        values = np.float32(top) - values
+    elif operation == "erase":
+        tall, wide = int(abs(magnitude) * height), int(abs(magnitude) * width)
+        down, right = int(own[TOP]) % max(1, height - tall), int(own[LEFT]) % max(1, width - wide)
+        values = values.copy()
+        values[..., down : down + tall, right : right + wide] = 0
+    if own[PARTNER] >= 0:
+        share = np.float32(own[SHARE])
+        values = (np.float32(1) - share) * values + share * partner.astype(np.float32)
+    values = np.clip(values, np.float32(0), np.float32(top))
+    return np.rint(values).astype(image.dtype) if image.dtype == np.uint8 else values.astype(image.dtype)
+
+
+def _uniforms(key: str) -> list[float]:
+    """Return eight numbers of 0 to 1 out of a key, the same everywhere: 32 bits of BLAKE3 each."""
+    digest = digest_bytes(f"kdcache augmentation {VERSION}/{key}".encode())
+    return [int(digest[at : at + 8], 16) / 2**32 for at in range(0, 64, 8)]

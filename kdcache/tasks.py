@@ -1,0 +1,29 @@
+"""Heads of transformers models that are no causal language models, by the name of their task."""
+
+from typing import Any
+
+from kdcache.errors import ConfigError
+
+TASKS = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+    "encoder": "AutoModel",
+}
+
+
+def model_class(task: str) -> Any:
+    """Return the Auto class of a task.
+
+    Raises:
+        ConfigError: There is no such task, or transformers is missing.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"There is no task {task!r}.", where="task", hint=f"Choose one of {', '.join(TASKS)}.")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("This needs the package transformers.", hint="pip install 'kdcache[teacher]'") from error
+    return getattr(transformers, TASKS[task])

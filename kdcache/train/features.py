@@ -1,0 +1,160 @@
+"""Terms on features, relations and attention: which loss on which pair of layers, and what is learned for it.
+
+Legend: `S` samples of a batch, `N` positions, `T` tokens, `A` heads, `D` width.
+
+A pair's kind says what is compared: rows of features (`kdcache.losses.features`, after a learned projector), the
+samples of a batch among themselves (`relations`), or maps and values of each sample (`attention`). Each term is a sum
+over positions or samples, so that training divides all of them by one number.
+"""
+
+from collections.abc import Mapping
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.batch import Batch
+from kdcache.errors import ConfigError
+from kdcache.losses import attention, features, relations
+from kdcache.losses.features import Moments
+from kdcache.losses.projector import Projector
+from kdcache.store import Store
+from kdcache.train.config import HiddenLossConfig
+
+FAMILIES = {"features": features, "relations": relations, "attention": attention}
+
+UNPROJECTED = ("attention_transfer",)
+"""Feature losses whose sides may differ in width."""
+
+PROJECTED = ("crd",)
+"""Losses of other families that compare vectors of one width."""
+
+MOMENT_ROWS = 4096
+"""Rows of the first shard that give the mean and variance of a layer."""
+
+
+def family_of(kind: str) -> str:
+    """Return the family of losses that a kind is in.
+
+    Raises:
+        ConfigError: None has it.
+    """
+    for name, package in FAMILIES.items():
+        if kind in {module.name for module in iter_modules(package.__path__)}:
+            return name
+    known = sorted(module.name for package in FAMILIES.values() for module in iter_modules(package.__path__))
+    raise ConfigError(f"There is no feature loss {kind!r}.", where="loss.hidden", hint=f"Choose of {', '.join(known)}.")
+
+
+class FeatureTerms(nn.Module):
+    """The pairs of layers of a run, with their projectors.
+
+    Args:
+        config: The pairs.
+        store: Gives the teacher's shapes and moments.
+        shapes: Of a row of each of the student's layers, such as (D,) or (T, D).
+    """
+
+    def __init__(
+        self, config: tuple[HiddenLossConfig, ...], store: Store, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._families = [family_of(one.kind) for one in config]
+        self._losses: list[Any] = [
+            FAMILIES[family].find(one.kind, **one.options) for one, family in zip(config, self._families, strict=True)
+        ]
+        self.projectors = nn.ModuleList(
+            self._projector(one, family, store, shapes) for one, family in zip(config, self._families, strict=True)
+        )
+        self._moments = [_moments(store, one.teacher) if one.normalise else None for one in config]
+
+    @property
+    def layers(self) -> list[str]:
+        """The student's layers that the pairs name."""
+        return [one.student for one in self._config]
+
+    def forward(self, layers: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
+        """Return the weighted sum of all terms.
+
+        Args:
+            layers: Of the student: [N, ...] of a causal model, [S, ...] of others.
+            batch: On the student's device.
+            rows: int64, the positions that count.
+        """
+        total = torch.zeros((), device=rows.device)
+        for one, family, loss, projector, moments in zip(
+            self._config, self._families, self._losses, self.projectors, self._moments, strict=True
+        ):
+            student, teacher = layers[one.student], batch.hidden[one.teacher]
+            if moments is not None:
+                teacher = moments.normalise(teacher)
+            per_sample = bool(batch.inputs)
+            mask = batch.inputs.get("attention_mask")
+            if family == "attention":
+                value = loss(student, _firsts(teacher, batch), _whole(mask, student)).sum()
+            elif family == "relations":
+                sides = (student, _per(teacher, batch))
+                own, other = (_pooled(side, batch, mask, per_sample=per_sample) for side in sides)
+                value = loss(projector(own), other) * batch.num_samples
+            elif per_sample:
+                value = _by_rows(loss, projector, student, _firsts(teacher, batch), mask)
+            else:
+                value = loss(projector(student[rows]), teacher[rows]).sum()
+            total = total + one.weight * value
+        return total
+
+    @staticmethod
+    def _projector(
+        one: HiddenLossConfig, family: str, store: Store, shapes: Mapping[str, tuple[int, ...]]
+    ) -> nn.Module:
+        projects = (family == "features" and one.kind not in UNPROJECTED) or one.kind in PROJECTED
+        if not projects:
+            return nn.Identity()
+        return Projector(shapes[one.student][-1], store.columns[f"hidden.{one.teacher}"].shape[-1])
+
+
+def _by_rows(loss: Any, projector: nn.Module, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sum over samples of a feature loss; of sequences, the mean over a sample's real tokens."""
+    if student.ndim != 3:
+        found: Tensor = loss(projector(student), teacher).sum()
+        return found
+    real = torch.ones_like(student[..., 0]) if mask is None else mask.to(student.dtype)
+    rows = loss(projector(student).flatten(0, 1), teacher.flatten(0, 1)).view(real.shape)
+    summed: Tensor = ((rows * real).sum(1) / real.sum(1).clamp(min=1)).sum()
+    return summed
+
+
+def _firsts(values: Tensor, batch: Batch) -> Tensor:
+    """Return the feature of each sample, which stands at every one of its rows."""
+    return values[batch.offsets[:-1]]
+
+
+def _per(values: Tensor, batch: Batch) -> Tensor:
+    return _firsts(values, batch) if batch.inputs else values
+
+
+def _whole(mask: Tensor | None, like: Tensor) -> Tensor:
+    if mask is not None:
+        return mask.bool()
+    return torch.ones(len(like), like.shape[-2], dtype=torch.bool, device=like.device)
+
+
+def _pooled(values: Tensor, batch: Batch, mask: Tensor | None, *, per_sample: bool) -> Tensor:
+    """Return one vector a sample [S, D]: its own, or the mean over its positions or tokens."""
+    if not per_sample:
+        lengths = batch.offsets.diff()
+        sample = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+        sums = values.new_zeros(len(lengths), values.shape[1]).index_add(0, sample, values)
+        return sums / lengths[:, None]
+    if values.ndim == 3 and mask is not None:
+        real = mask.to(values.dtype)[..., None]
+        return (values * real).sum(1) / real.sum(1).clamp(min=1)
+    return values.flatten(1)
+
+
+def _moments(store: Store, layer: str) -> Moments:
+    values = store.read_shard(0, [f"hidden.{layer}"]).columns[f"hidden.{layer}"][:MOMENT_ROWS]
+    flat = torch.from_numpy(values).reshape(-1, values.shape[-1]).double()
+    return Moments(flat.mean(0).float(), flat.var(0, unbiased=False).float())
