@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdcache import registry
@@ -41,6 +41,10 @@ class TeacherConfig(Section):
         key_env: Environment variable that holds the server's key; the key itself is written nowhere.
         requests: How many a server is sent at once.
         vocab_size: Of a served model: the length of its row of logits; default: the tokenizer's.
+        checkpoint: Of kind student: the step of a checkpoint that the run keeps; default: the finished student.
+        members: Of kind ensemble: its classifiers; given, `model` is what the ensemble is called and need not be.
+        ensemble: What of the members is averaged; probabilities suits classes only.
+        passes: Through each member of an ensemble; more than one with dropout at work.
     """
 
     model: str
@@ -59,6 +63,27 @@ class TeacherConfig(Section):
     key_env: str = "OPENAI_API_KEY"
     requests: int = Field(default=4, ge=1)
     vocab_size: int | None = Field(default=None, ge=1)
+    checkpoint: int | None = Field(default=None, ge=0)
+    members: tuple["TeacherConfig", ...] = ()
+    ensemble: Literal["logits", "probabilities"] = "logits"
+    passes: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, tree: Any) -> Any:
+        return (
+            {"model": "ensemble", "kind": "ensemble", **tree} if isinstance(tree, dict) and "members" in tree else tree
+        )
+
+    @model_validator(mode="after")
+    def _belongs(self) -> "TeacherConfig":
+        if (self.kind == "ensemble") != bool(self.members):
+            raise ValueError("kind ensemble and members go together")
+        if not self.members and self.passes > 1:
+            raise ValueError("passes are of an ensemble: name the model in members")
+        if self.checkpoint is not None and self.kind != "student":
+            raise ValueError("checkpoint is of kind student")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
