@@ -40,6 +40,7 @@ class Batch:
         sample_index: int64 [S], number of each sample in the store.
         targets: The teacher's rows, or None where they were not asked for.
         packed: The same as they lie in the store, in place of `targets`: `to` unpacks them on the device.
+        others: The rows of further teachers.
         hidden: Layer name to the teacher's features [N, D].
         output_head: The teacher's output layer, for the tail policy `exact`.
         extra: Further columns of the store [N, ...], by name.
@@ -54,6 +55,7 @@ class Batch:
     sample_index: Tensor
     targets: TensorTargets | None = None
     packed: PackedTargets | None = None
+    others: tuple[TensorTargets, ...] = ()
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     output_head: OutputHead | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Batch:
             offsets=self.offsets.to(device, non_blocking=non_blocking),
             targets=targets,
             packed=None,
+            others=tuple(one.to(device, non_blocking=non_blocking) for one in self.others),
             hidden={name: one.to(device, non_blocking=non_blocking) for name, one in self.hidden.items()},
             output_head=None if self.output_head is None else self.output_head.to(device),
             extra={name: one.to(device, non_blocking=non_blocking) for name, one in self.extra.items()},
@@ -104,6 +107,7 @@ class Batch:
             mask=unpacked.mask[kept],
             offsets=offsets,
             targets=None if unpacked.targets is None else unpacked.targets[kept],
+            others=tuple(one[kept] for one in unpacked.others),
             hidden={name: one[kept] for name, one in unpacked.hidden.items()},
             extra={name: one[kept] for name, one in unpacked.extra.items()},
         )
@@ -117,6 +121,7 @@ class Batch:
             mask=self.mask.pin_memory(),
             targets=None if self.targets is None else self.targets.pin_memory(),
             packed=None if self.packed is None else self.packed.each(torch.Tensor.pin_memory),
+            others=tuple(one.pin_memory() for one in self.others),
             hidden={name: one.pin_memory() for name, one in self.hidden.items()},
         )
 

@@ -170,6 +170,65 @@ def comparison(result: Result) -> None:
         _out.print(text(line))
 
 
+def chain_result(result: Result) -> None:
+    """Show what each step of `kdcache chain` gave."""
+    table = Table("step", "", "what it gave", title_justify="left")
+    for step in result["steps"]:
+        own = {**step["result"], **(step["result"].get("validation") or {})}
+        shown = ("digest", "samples", "loss", "accuracy", "cross_entropy", "kl", "top1_agreement")
+        cells = [f"{own[key]:.4g}" if isinstance(own[key], float) else brief(own[key]) for key in shown if key in own]
+        names = [key.replace("_", " ") for key in shown if key in own]
+        table.add_row(*map(text, (step["name"], step["kind"], ", ".join(map(" ".join, zip(names, cells))))))
+    _out.print(table)
+
+
+def sweep_result(result: Result) -> None:
+    """Show the trials of `kdcache sweep`, the best marked, and what they took."""
+    best = result["best"]
+    table = Table(title=text(f"held-out {result['metric']}, nats a position"), title_justify="left")
+    for name in ("trial", *best["point"], result["metric"], "seconds"):
+        table.add_column(text(name), justify="right")
+    for trial in result["trials"]:
+        cells = [f"{value:.4g}" if isinstance(value, float) else brief(value) for value in trial["point"].values()]
+        value = text(trial["error"]) if trial["value"] is None else f"{trial['value']:.4f}"
+        style = "bold green" if trial["number"] == best["number"] else None
+        table.add_row(str(trial["number"]), *map(text, cells), value, f"{trial['seconds']:,.1f}", style=style)
+    _out.print(table)
+    _out.print(text(f"best: {' '.join(f'--set {one}' for one in result['overrides'])}, in {result['student']}"))
+    live = result["live_seconds"]
+    beside = "unknown" if live is None else f"about {live:,.0f} s, {live / max(1e-9, result['seconds']):.1f} times that"
+    _out.print(f"training took {result['seconds']:,.0f} s for {result['positions']:,} positions, no teacher in memory")
+    _out.print(f"with a live teacher in every step: {beside} (teacher's speed: {text(result['teacher_basis'])})")
+    for note in result["notes"]:
+        _out.print(text(note), style="yellow")
+
+
+def export_result(result: Result) -> None:
+    """Show what an export has written, beside what it was before."""
+    if result["already_complete"]:
+        _out.print("The export is complete already; nothing to do.")
+    table = Table(title=text(f"{result['format']}, by {result['made_by']}"), title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("model files", size(result["student_bytes"]), size(result["model_bytes"]))
+    for speed in result["speeds"]:
+        sides = (speed["before"], speed["after"])
+        cells = [f"{one['median_ms']:,.2f} ms ({one['low_ms']:,.2f} to {one['high_ms']:,.2f})" for one in sides]
+        table.add_row(f"{speed['samples']} x {speed['tokens']} tokens", *cells)
+    before, after = result["quality_before"], result["quality_after"]
+    if before is not None:
+        for name in ("cross_entropy", "perplexity", "top1_agreement"):
+            table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+    _out.print(table)
+    parity = result["parity"]
+    _out.print(
+        f"largest difference from torch: {parity['largest_difference']:.2g} on logits of up to "
+        f"{parity['largest_logit']:.3g}; CPU, {result['threads']} threads, float32 before"
+    )
+    for note in result["notes"]:
+        _out.print(text(note), style="yellow")
+
+
 @contextmanager
 def capture_progress(*, quiet: bool) -> Iterator[Callable[[Any], None] | None]:
     """Give a callback that shows positions/s, bytes written and the time left; None when quiet."""
@@ -246,6 +305,24 @@ def train_progress(*, quiet: bool) -> Iterator[Callable[[Any], None] | None]:
                 loss=f"loss {state.loss:.3f}",
                 rate=f"{state.tokens_per_second:,.0f} tokens/s",
             )
+
+        yield show
+
+
+@contextmanager
+def sweep_progress(*, quiet: bool) -> Iterator[Callable[[Any], None] | None]:
+    """Give a callback that shows trial, step and the lowest metric so far; None when quiet."""
+    if quiet:
+        yield None
+        return
+    with _bar("{task.fields[best]}") as progress:
+        task = progress.add_task("sweep", total=None, best="")
+
+        def show(state: Any) -> None:
+            done = state.trial + state.train.step / state.train.steps
+            name = f"trial {state.trial + 1}/{state.trials}, step {state.train.step}/{state.train.steps}"
+            best = "" if state.best is None else f"best {state.best:.4f}"
+            progress.update(task, completed=done, total=state.trials, description=name, best=best)
 
         yield show
 

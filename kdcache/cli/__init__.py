@@ -27,8 +27,13 @@ app = typer.Typer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "capture": runs.capture,
+    "generate": runs.generate,
     "train": runs.train,
+    "sweep": runs.sweep,
     "eval": runs.evaluate,
+    "export": runs.export,
+    "chain": runs.chain,
+    "compare": runs.compare,
     "demo": runs.demo,
     "info": stores.info,
     "head": stores.head,

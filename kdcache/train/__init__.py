@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kdcache.errors import MismatchError
 from kdcache.fingerprint import digest_json
@@ -41,11 +42,13 @@ def train(
     """
     opened = store if isinstance(store, Store) else open_store(store)
     root = Path(out)
-    identity = {
+    identity: dict[str, Any] = {
         "config": digest_json(config.model_dump(mode="json")),
         "store": opened.digest,
         "online": transform is not None,
     }
+    if config.data.teachers:
+        identity["teachers"] = [open_store(one.store).digest for one in config.data.teachers]
     if (root / RESULT).is_file():
         document = json.loads((root / RESULT).read_text())
         if document["identity"] != identity:

@@ -51,6 +51,18 @@ class StudentConfig(Section):
         return self
 
 
+class TeacherStoreConfig(Section):
+    """A further store of the same samples, of another teacher.
+
+    Attributes:
+        store: Folder or URL.
+        weight: What this teacher counts beside the others.
+    """
+
+    store: str
+    weight: float = Field(default=1.0, gt=0)
+
+
 class DataConfig(Section):
     """What is read, and in which order.
 
@@ -64,6 +76,8 @@ class DataConfig(Section):
         examples: Folder of the inputs of a classifier's store.
         inputs: Parameter of the student to field of the examples; default: as the teacher was given.
         validation_examples: Folder of the held-out store's inputs; default: `examples`.
+        teachers: Stores of other teachers, joined by sample id; see kdcache/train/teachers.py.
+        weight: What the main store's teacher counts beside them.
     """
 
     batch_size: int = Field(default=8, ge=1)
@@ -75,6 +89,8 @@ class DataConfig(Section):
     examples: str | None = None
     inputs: dict[str, str] = Field(default_factory=dict)
     validation_examples: str | None = None
+    teachers: tuple[TeacherStoreConfig, ...] = ()
+    weight: float = Field(default=1.0, gt=0)
 
 
 class HiddenLossConfig(Section):
@@ -97,6 +113,24 @@ class HiddenLossConfig(Section):
     weight: float = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
     normalise: bool = False
+
+
+class PairsConfig(Section):
+    """Pairs of numbered layers by a rule, in place of naming each.
+
+    Attributes:
+        rule: last (the last of both sides, one by one) or every (the student's layers spread over the teacher's).
+        count: Pairs of `last`; of `every` all layers of the student.
+        kind: As of a pair.
+        weight: Of each.
+        options: Of the loss.
+    """
+
+    rule: Literal["last", "every"]
+    count: int = Field(default=1, ge=1)
+    kind: str = "mse"
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class WeightConfig(Section):
@@ -126,7 +160,10 @@ class LossConfig(Section):
         alpha: Weight of the divergence; 0 is hard labels alone, and the teacher's rows are not read.
         tail: bucket (a lower bound), sampled (unbiased, needs draws), exact (needs an exact store), or renormalise
             (biased, to compare).
+        combine: What each of several teachers (data.teachers) counts: fixed, confidence (more where it is sure), or
+            loss (more where it knows the label).
         hidden: Pairs of layers.
+        pairs: More of them, by a rule over the numbered layers that the store keeps.
         chunk_positions: Positions of the output layer at a time: the largest tensors are this many rows of logits. 0
             takes what suits vocabulary and device: 25 MB a tensor on the CPU, 268 MB on an accelerator.
     """
@@ -139,7 +176,9 @@ class LossConfig(Section):
     temperature: float | Schedule = 1.0
     alpha: float | Schedule = 0.9
     tail: Literal["bucket", "sampled", "exact", "renormalise"] = "bucket"
+    combine: Literal["fixed", "confidence", "loss"] = "fixed"
     hidden: tuple[HiddenLossConfig, ...] = ()
+    pairs: PairsConfig | None = None
     chunk_positions: int = Field(default=0, ge=0)
 
 

@@ -20,7 +20,7 @@ from kdcache.losses import attention, features, relations
 from kdcache.losses.features import Moments
 from kdcache.losses.projector import Projector
 from kdcache.store import Store
-from kdcache.train.config import HiddenLossConfig
+from kdcache.train.config import HiddenLossConfig, LossConfig
 
 FAMILIES = {"features": features, "relations": relations, "attention": attention}
 
@@ -45,6 +45,46 @@ def family_of(kind: str) -> str:
             return name
     known = sorted(module.name for package in FAMILIES.values() for module in iter_modules(package.__path__))
     raise ConfigError(f"There is no feature loss {kind!r}.", where="loss.hidden", hint=f"Choose of {', '.join(known)}.")
+
+
+def with_pairs(config: LossConfig, store: Store, student: nn.Module) -> LossConfig:
+    """Return a loss whose rule for pairs has become pairs.
+
+    `last` pairs the teacher's last stored layers with the student's last, `every` the student's layer i of m with the
+    stored layer nearest to i/m of the deepest: the uniform strategy of TinyBERT (Jiao et al. 2020, section 3.1).
+
+    Raises:
+        ConfigError: The store keeps no numbered layers, or the student does not say how many it has.
+    """
+    rule = config.pairs
+    if rule is None:
+        return config
+    numbers = (name.removeprefix("hidden.") for name in store.columns if name.startswith("hidden."))
+    kept = sorted(int(name) for name in numbers if name.isdigit())
+    own = getattr(getattr(student, "config", None), "num_hidden_layers", 0)
+    if not kept or not own:
+        raise ConfigError(
+            f"Layers are paired by their numbers; the store keeps {kept}, and the student has {own}.",
+            where="loss.pairs",
+            hint="Capture targets.hidden by numbers, or name pairs in loss.hidden.",
+        )
+    if rule.rule == "last":
+        count = min(rule.count, len(kept), own)
+        found = list(zip(kept[-count:], range(own - count + 1, own + 1), strict=True))
+    else:
+        found = [(min(kept, key=lambda one: abs(one - kept[-1] * i / own)), i) for i in range(1, own + 1)]
+    causal = store.manifest.kind == "causal_lm"
+    pairs = tuple(
+        HiddenLossConfig(
+            teacher=str(theirs),
+            student=str(ours) if causal else f"hidden_states.{ours}",
+            kind=rule.kind,
+            weight=rule.weight,
+            options=rule.options,
+        )
+        for theirs, ours in found
+    )
+    return config.model_copy(update={"hidden": (*config.hidden, *pairs), "pairs": None})
 
 
 class FeatureTerms(nn.Module):
@@ -93,7 +133,10 @@ class FeatureTerms(nn.Module):
             per_sample = bool(batch.inputs)
             mask = batch.inputs.get("attention_mask")
             if family == "attention":
-                value = loss(student, _firsts(teacher, batch), _whole(mask, student)).sum()
+                sides = student, _firsts(teacher, batch)
+                if one.kind.startswith("map_") and student.ndim == 3:  # kept as means over the heads
+                    sides = sides[0][:, None], sides[1][:, None]
+                value = loss(*sides, _whole(mask, student)).sum()
             elif family == "relations":
                 sides = (student, _per(teacher, batch))
                 own, other = (_pooled(side, batch, mask, per_sample=per_sample) for side in sides)

@@ -27,11 +27,13 @@ from kdcache.store.objects import write_object
 from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.train import checkpoint
 from kdcache.train.config import TrainConfig
+from kdcache.train.features import with_pairs
 from kdcache.train.feed import Feed
 from kdcache.train.objective import Objective, needs
 from kdcache.train.result import METRICS, RESULT, TrainProgress, TrainResult
 from kdcache.train.schedule import extremes, learning_rate, value_at
 from kdcache.train.student import build_student, require_finite_weights, save_student
+from kdcache.train.teachers import Companions
 from kdcache.train.validate import HeldOut, held_out
 
 NOT_FINITE_LIMIT = 20
@@ -80,9 +82,17 @@ class Run:
         self._feed = None if store.manifest.kind == "causal_lm" else Feed(store, config.data)
         if self._feed is not None:
             self._feed.require_labels(config.loss)
+        several = bool(config.data.teachers) and extremes(config.loss.alpha)[1] > 0
+        if several and transform is not None:
+            raise ConfigError("The online baseline has one teacher.", where="data.teachers", hint="Leave it out.")
+        self._companions = Companions(store, config.data, config.loss) if several else None
         student = build_student(config.student, store, seed=run.seed)
+        config = config.model_copy(update={"loss": with_pairs(config.loss, store, student)})
+        self._config = config
         probe = None if self._feed is None else self._feed.probe()
-        self._plain = Objective(config.loss, student, store, live=transform is not None, probe=probe)
+        weights = (config.data.weight, *(one.weight for one in config.data.teachers))
+        live = transform is not None
+        self._plain = Objective(config.loss, student, store, live=live, probe=probe, teachers=weights)
         optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
         self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
         self._loader = Loader(store, self._stream())
@@ -97,6 +107,7 @@ class Run:
         self._waited = 0.0
         self._made = 0
         self._validation: HeldOut | None = None
+        self._validated = -1
 
     def run(self) -> TrainResult:
         """Train to the end, or to the interruption; a checkpoint is there either way."""
@@ -193,7 +204,9 @@ class Run:
             if per_epoch == 0:
                 raise ConfigError("The store has fewer samples than a global batch.", where="data.batch_size")
             for read in self._loader:
-                batch = read if self._feed is None else self._feed.fill(read, self._loader.epoch)
+                # teachers are joined sample by sample, before the feed takes one view of each
+                joined = read if self._companions is None else self._companions.fill(read)
+                batch = joined if self._feed is None else self._feed.fill(joined, self._loader.epoch)
                 yield batch, {"ended": self._loader.batches == per_epoch}
 
     def _record(
@@ -246,7 +259,7 @@ class Run:
             chunk=self._config.loss.chunk_positions or None,
             data=self._config.data,
         )
-        self._validation = found
+        self._validation, self._validated = found, self._state.step
         value = getattr(found, self._config.run.metric)
         line = {"step": self._state.step, "validation": asdict(found)}
         self._write_metrics(line)
@@ -259,7 +272,7 @@ class Run:
         return bool(self._config.run.patience) and self._state.since_best >= self._config.run.patience
 
     def _finish(self, stopped_early: bool) -> TrainResult:
-        if self._config.data.validation and self._validation is None:
+        if self._config.data.validation and not stopped_early and self._validated != self._state.step:
             self._validate()
         seconds = sum(self._times)
         tenth = self._losses[-max(1, len(self._losses) // 10) :]
@@ -292,6 +305,7 @@ class Run:
                 "identity": self._identity,
                 "config": self._config.model_dump(mode="json"),
                 "result": result.as_dict(),
+                "outputs": self._store.vocab_size,
             }
             write_object(self._root, RESULT, json.dumps(document, indent=2).encode())
         self._accelerator.wait_for_everyone()

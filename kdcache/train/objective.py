@@ -7,7 +7,7 @@ the gradient's size as T changes). Sums are divided by the positions of the whol
 and ranks give the gradient of one large batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from kdcache.train.config import LossConfig
 from kdcache.train.features import FeatureTerms
 from kdcache.train.schedule import extremes
 from kdcache.train.student import StudentOutput, is_fused, layer_shapes, run_student
+from kdcache.train.teachers import combined
 from kdcache.train.weights import position_weights
 
 
@@ -64,6 +65,7 @@ class Objective(nn.Module):
         store: Gives the teacher's widths and vocabulary.
         live: A live teacher fills the batches, so the store's columns do not matter.
         probe: Inputs of two samples, of students of examples.
+        teachers: Configured weight of every teacher, the store's first.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Objective(nn.Module):
         *,
         live: bool = False,
         probe: Mapping[str, Tensor] | None = None,
+        teachers: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         if not live:
@@ -82,6 +85,7 @@ class Objective(nn.Module):
         self.student = student
         self.fused = probe is None and is_fused(student)
         self._config = config
+        self._teachers = teachers
         self._vocab_size = store.vocab_size
         options = {**config.options, **({} if config.beta is None else {"beta": config.beta})}
         responds = config.divergence in RESPONSES
@@ -140,7 +144,16 @@ class Objective(nn.Module):
             return kd, self._sparse(output, rows, labels[:, None], labels[:, None], (1.0,))[1]
         if batch.targets is None:
             raise ConfigError("The batch holds no targets.", where="loss.alpha")
-        targets = batch.targets if len(rows) == batch.num_positions else batch.targets[rows]
+        every = len(rows) == batch.num_positions
+        teachers = [one if every else one[rows] for one in (batch.targets, *batch.others)]
+        found = [self._against(one, output, rows, labels, temperature) for one in teachers]
+        # the cross-entropy is the student's own, the same beside every teacher
+        return combined(self._config.combine, self._teachers, [kd for kd, _ in found], teachers), found[0][1]
+
+    def _against(
+        self, targets: TensorTargets, output: StudentOutput, rows: Tensor, labels: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergence from one teacher and the cross-entropy [counted positions]."""
         sparse, ce = self._sparse(
             output, rows, targets.ids.long(), _extra(labels, targets, self._config.tail), (inverse(temperature), 1.0)
         )
@@ -168,10 +181,12 @@ class Objective(nn.Module):
             return torch.zeros_like(hard), hard
         assert batch.targets is not None  # `needs` has asked for them
         assert self._response is not None  # `_require_sense` has looked
-        targets = batch.targets[rows]
-        own, labels = logits.gather(1, targets.ids.long()), batch.labels[rows]
-        empty = torch.full_like(own[:, 0], -torch.inf)
-        return self._response.loss(Heads(targets, own, empty, labels, own[:, 0], temperature)), hard
+        teachers, labels, found = [one[rows] for one in (batch.targets, *batch.others)], batch.labels[rows], []
+        for targets in teachers:
+            own = logits.gather(1, targets.ids.long())
+            empty = torch.full_like(own[:, 0], -torch.inf)
+            found.append(self._response.loss(Heads(targets, own, empty, labels, own[:, 0], temperature)))
+        return combined(self._config.combine, self._teachers, found, teachers), hard
 
     def _sparse(
         self,
