@@ -15,6 +15,10 @@ STOP_SECONDS = 20.0
 """After SIGTERM; what has not ended by then is ended. The environment variable KDCACHE_STOP_SECONDS sets another."""
 
 
+_open: list[threading.Event] = []
+"""Events of the contexts that are open, outer ones first: a signal that an inner one gets is meant for all."""
+
+
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Give an event that SIGTERM or the first Ctrl-C sets; a second one acts as usual.
@@ -34,7 +38,8 @@ def stop_signals() -> Iterator[threading.Event]:
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def stop(number: int, _frame: Any) -> None:
-        stopped.set()
+        for one in _open:
+            one.set()
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
         if number == signal.SIGTERM and not late.is_alive():
             late.start()
@@ -43,9 +48,11 @@ def stop_signals() -> Iterator[threading.Event]:
     late.daemon = True
     for number in before:
         signal.signal(number, stop)
+    _open.append(stopped)
     try:
         yield stopped
     finally:
+        _open.remove(stopped)
         late.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)

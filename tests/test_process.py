@@ -43,6 +43,16 @@ def test_the_first_signal_asks_and_the_second_acts_as_usual() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_inside_is_heard_outside() -> None:
+    with stop_signals() as outer:
+        with stop_signals() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner.is_set()
+        assert outer.is_set()
+    with stop_signals() as later:
+        assert not later.is_set()
+
+
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_signals():

@@ -43,7 +43,8 @@ def train(
     opened = store if isinstance(store, Store) else open_store(store)
     root = Path(out)
     identity: dict[str, Any] = {
-        "config": digest_json(config.model_dump(mode="json")),
+        # what is left at its default is not named: a release with more keys goes on with the runs of the one before
+        "config": digest_json(config.model_dump(mode="json", exclude_defaults=True)),
         "store": opened.digest,
         "online": transform is not None,
     }
