@@ -5,13 +5,31 @@ third parties offer theirs under the entry-point group of the family's dotted na
 """
 
 import importlib
+import os
 import pkgutil
+import sys
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from kdcache.errors import ConfigError
+
+
+def attribute(path: str) -> Any:
+    """Return what `module:attribute` names; the working folder's own modules are found too, after all others.
+
+    Raises:
+        ImportError, AttributeError, ValueError: There is no such module or attribute.
+    """
+    module, _, name = path.partition(":")
+    here = os.getcwd()
+    # only here, where a user has named a module: a package that is missing is not to be found in any folder
+    sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        sys.path.remove(here)
 
 
 def names(family: str) -> list[str]:

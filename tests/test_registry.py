@@ -1,5 +1,6 @@
 """Plug-ins are found by the name of their file, and named when there is no such one."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -37,3 +38,22 @@ def test_a_name_reaches_nothing_but_plugins(name: str) -> None:
 def test_every_family_has_what_the_documents_say() -> None:
     assert {"transformers", "callable"} <= set(registry.names("kdcache.teachers"))
     assert {"text", "jsonl", "parquet", "huggingface"} == set(registry.names("kdcache.sources"))
+
+
+def test_what_a_user_names_is_found_in_the_working_folder_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_my_own.py").write_text("THING = 3\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "of_my_own", raising=False)
+    if "" not in sys.path:
+        with pytest.raises(ImportError):
+            importlib.import_module("of_my_own")
+    assert registry.attribute("of_my_own:THING") == 3
+    assert sys.path == before
+    with pytest.raises(AttributeError):
+        registry.attribute("of_my_own:OTHER")
+    with pytest.raises(ImportError):
+        registry.attribute("of_nobodys:THING")
+    assert sys.path == before

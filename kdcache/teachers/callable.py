@@ -3,7 +3,6 @@
 Legend: `S` samples, `T` padded length, `N` positions, `V` vocabulary.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache import registry
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.targets.tensor import OutputHead
 from kdcache.teachers import TeacherConfig, TeacherOutput, choose_device, padded
@@ -122,10 +122,9 @@ def find(path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: There is no such module or attribute, or it cannot be called.
     """
-    module, _, attribute = path.partition(":")
-    call = attribute.endswith("()")
+    call = path.endswith("()")
     try:
-        found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
+        found = registry.attribute(path.removesuffix("()"))
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"There is no {path!r}: {error}.", where="teacher.model", hint="Write it as module:attribute."

@@ -3,7 +3,6 @@
 Legend: `S` samples, `T` longest, `N` positions, `D` width, `V` vocabulary.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache import registry
 from kdcache.batch import Batch
 from kdcache.errors import AccessError, ConfigError, MismatchError, TrainingError
 from kdcache.store import Store
@@ -320,9 +320,8 @@ def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
 
 
 def _from_factory(path: str, vocab_size: int) -> nn.Module:
-    module, _, name = path.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), name)
+        factory = registry.attribute(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"There is no student factory {path!r}: {error}.",
