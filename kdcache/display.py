@@ -155,7 +155,8 @@ def train_result(result: Result) -> None:
 
 def metrics(result: Result) -> None:
     """Show what `kdcache eval` measured."""
-    _out.print(table_of(result))
+    scores = result.get("scores") or {}
+    _out.print(table_of({**{name: one for name, one in result.items() if name != "scores"}, **scores}))
 
 
 def comparison(result: Result) -> None:

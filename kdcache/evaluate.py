@@ -2,20 +2,23 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from kdcache import metrics
 from kdcache.errors import ConfigError, MismatchError, SourceError
 from kdcache.process import peak_memory_bytes
-from kdcache.store import open_store
-from kdcache.stream import output_head_of
+from kdcache.store import Store, open_store
+from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train import RESULT, held_out
 from kdcache.train.config import DataConfig
-from kdcache.train.student import load_student
+from kdcache.train.feed import Feed
+from kdcache.train.student import load_student, run_student
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,11 @@ class Metrics:
         parameters: Weights of the student.
         peak_memory_bytes: Of this process.
         store_digest: Of the held-out store.
+        scores: Of a classifier's store. Classes: macro_f1, micro_f1, expected_calibration_error and brier of the
+            student (see kdcache/metrics.py), teacher_accuracy, teacher_macro_f1, and with every output in the store
+            teacher_expected_calibration_error and teacher_brier. Values: mean_absolute_error, root_mean_squared_error,
+            r_squared and pearson over all outputs, the same with teacher_, and those of student against teacher as
+            imitation_. Empty for language models.
     """
 
     perplexity: float
@@ -49,6 +57,7 @@ class Metrics:
     parameters: int
     peak_memory_bytes: int
     store_digest: str
+    scores: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
@@ -102,6 +111,7 @@ def evaluate(
     found = held_out(
         model.to(device), opened, batch_size=batch_size, device=device, head=head, data=data, progress=progress
     )
+    scores = {} if task is None else _scores(model, opened, data or DataConfig(), batch_size, device)
     return Metrics(
         perplexity=found.perplexity,
         cross_entropy=found.cross_entropy,
@@ -115,7 +125,63 @@ def evaluate(
         parameters=sum(one.numel() for one in model.parameters()),
         peak_memory_bytes=peak_memory_bytes(),
         store_digest=opened.digest,
+        scores=scores,
     )
+
+
+F1 = {"macro_f1": metrics.macro_f1, "micro_f1": metrics.micro_f1}
+CLASSES = {"expected_calibration_error": metrics.expected_calibration_error, "brier": metrics.brier}
+VALUES = {
+    "mean_absolute_error": metrics.mean_absolute_error,
+    "root_mean_squared_error": metrics.root_mean_squared_error,
+    "r_squared": metrics.r_squared,
+    "pearson": metrics.pearson,
+}
+
+
+@torch.no_grad()
+def _scores(
+    model: torch.nn.Module, store: Store, data: DataConfig, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """Return what needs all answers at once: F1, calibration, correlation."""
+    feed = Feed(store, data.model_copy(update={"examples": data.validation_examples or data.examples}))
+    config = StreamConfig(batch_size=batch_size, shuffle=False, pool_shards=1, extra=feed.extra)
+    parts: dict[str, list[np.ndarray[Any, Any]]] = {"ours": [], "theirs": [], "labels": [], "values": []}
+    model.eval()
+    for read in Loader(store, config):
+        batch = feed.fill(read, 0).to(device)
+        rows, targets = batch.mask.nonzero()[:, 0], batch.targets
+        output = run_student(model, batch, (), fused=False)
+        assert output.logits is not None  # a student of examples gives logits
+        assert targets is not None  # the loader was asked for them
+        ours, told = output.logits[rows].float(), targets[rows]
+        theirs = torch.full_like(ours, -torch.inf).scatter(1, told.ids.long(), told.logits)
+        values = batch.extra.get("label_values", batch.labels[:, None])[rows]
+        found = {"ours": ours, "theirs": theirs, "labels": batch.labels[rows], "values": values}
+        for name, part in found.items():
+            parts[name].append(part.cpu().numpy())
+    whole = store.k == store.vocab_size
+    if "label_values" in store.columns:
+        flat = {name: np.concatenate(some).reshape(-1) for name, some in parts.items() if name != "labels"}
+        sides = {"": ("ours", "values"), "teacher_": ("theirs", "values"), "imitation_": ("ours", "theirs")}
+        return {
+            f"{side}{name}": score(flat[one], flat[other])
+            for side, (one, other) in sides.items()
+            for name, score in VALUES.items()
+        }
+    student, teacher, labels = (np.concatenate(parts[name]) for name in ("ours", "theirs", "labels"))
+    best = {"": student.argmax(1), "teacher_": teacher.argmax(1)}
+    scores = {f"{side}{name}": score(own, labels) for side, own in best.items() for name, score in F1.items()}
+    scores["teacher_accuracy"] = metrics.accuracy(best["teacher_"], labels)
+    for side, table in {"": student, **({"teacher_": teacher} if whole else {})}.items():
+        scores |= {f"{side}{name}": score(_softmax(table), labels) for name, score in CLASSES.items()}
+    return scores
+
+
+def _softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    found: np.ndarray[Any, Any] = powers / powers.sum(1, keepdims=True)
+    return found
 
 
 def _require_same_tokenizer(folder: Path, recorded: dict[str, Any] | None) -> None:

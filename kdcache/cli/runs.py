@@ -160,16 +160,22 @@ def evaluate(
     store: Annotated[
         str | None, typer.Option("--store", help="Held-out store; default: the run's validation store.")
     ] = None,
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="Inputs of a classifier's store; default: the run's.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a student on a held-out store: perplexity, KL to the teacher, agreement, speed, memory."""
+    """Measure a student on a held-out store: perplexity, KL to the teacher, agreement, speed, memory.
+
+    Of a classifier also F1, calibration or, of values, errors and correlation; each beside the teacher's.
+    """
     from kdcache import display
     from kdcache.evaluate import evaluate as run
 
     with display.count_progress("samples", quiet=quiet) as progress:
-        metrics = run(student, store, batch_size=batch_size, progress=progress)
+        metrics = run(student, store, batch_size=batch_size, examples=examples, progress=progress)
     print_result(metrics.as_dict(), as_json, display.metrics)
 
 

@@ -33,7 +33,7 @@ class HeldOut:
     Attributes:
         cross_entropy: Of the student.
         kl: KL(teacher || student) at T = 1.
-        kl_kind: "exact", or "a lower bound" where the tail is one outcome.
+        kl_kind: "exact", or "a lower bound" where the tail is one outcome of several.
         top1_agreement: Share of positions where both put the same id first.
         accuracy: Share of positions where the student puts the label first.
         teacher_cross_entropy: Of the teacher, from its stored label logit and log-partition; None where it did not tell
@@ -126,7 +126,7 @@ def held_out(
     return HeldOut(
         cross_entropy=ce,
         kl=kl,
-        kl_kind="exact" if exact else "a lower bound",
+        kl_kind="exact" if exact or store.k == store.vocab_size else "a lower bound",
         top1_agreement=agreement,
         accuracy=accuracy,
         teacher_cross_entropy=None if math.isnan(teacher_ce) else teacher_ce,

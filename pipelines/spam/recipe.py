@@ -25,9 +25,8 @@ from kdcache.config import parse_config
 from kdcache.examples import Examples, write_examples
 from kdcache.seeds import compare_variants
 
-TRAIN, HELD_OUT, TOKENS = 2000, 1500, 64
-FINE_TUNED = 1600
-"""Mails of the training part that the teacher is fine-tuned on, once."""
+TRAIN, FINE_TUNED, HELD_OUT, TOKENS = 800, 3000, 1000, 64
+"""Mails that the students see, that the teacher is fine-tuned on (those among them), that nobody has seen; tokens."""
 
 FOLDERS = {"easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1}
 
@@ -106,14 +105,16 @@ def examples(out: Path) -> tuple[Examples, Examples]:
         words = AutoTokenizer.from_pretrained(str(encoder(out / "data")))
         made = words(texts, max_length=TOKENS, truncation=True, padding="max_length", return_tensors="np")
         ids = [f"mail-{number}" for number in range(len(texts))]
-        for name, part in {"train": slice(0, TRAIN), "held-out": slice(TRAIN, TRAIN + HELD_OUT)}.items():
+        parts = {"train": slice(0, TRAIN), "fine-tune": slice(0, FINE_TUNED)}
+        for name, part in {**parts, "held-out": slice(FINE_TUNED, FINE_TUNED + HELD_OUT)}.items():
             fields = {key: made[key][part].astype(np.int32) for key in ("input_ids", "attention_mask")}
             write_examples(out / name, ids=ids[part], label=labels[part], **fields)
     return Examples(out / "train"), Examples(out / "held-out")
 
 
-def teacher(out: Path, own: Examples) -> Path:
+def teacher(out: Path) -> Path:
     """Fine-tune the encoder for one epoch of hard labels; return its folder."""
+    own = Examples(out / "fine-tune")
     folder = out / "teacher"
     if (folder / "config.json").is_file():
         return folder
@@ -122,7 +123,7 @@ def teacher(out: Path, own: Examples) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
     steps = FINE_TUNED // 16
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=steps)
-    order = np.random.default_rng(0).permutation(TRAIN)[: 16 * steps].reshape(steps, 16)
+    order = np.random.default_rng(0).permutation(FINE_TUNED)[: 16 * steps].reshape(steps, 16)
     model.train()
     for some in order:
         batch = {
@@ -154,12 +155,12 @@ def main() -> None:
     """Run the recipe and print its table."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--out", type=Path, default=Path("runs/spam"))
-    arguments.add_argument("--epochs", type=int, default=3)
+    arguments.add_argument("--epochs", type=int, default=8)
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     out: Path = given.out
     own, held = examples(out)
-    model = teacher(out, own)
+    model = teacher(out)
     trained = store(out, "store", own, model, FEATURES)
     held_out = store(out, "held-out-store", held, model, [])
     base = {

@@ -216,6 +216,12 @@ def test_a_held_out_store_is_measured(pixels: Examples, tmp_path: Path, teacher:
     found = evaluate(tmp_path / "run")
     assert found.accuracy == pytest.approx(result.validation["accuracy"])
     assert 0 <= found.top1_agreement <= 1
+    store = open_store(tmp_path / "store")
+    labels = np.asarray([one.labels[0] for one in store])
+    theirs = np.asarray([one.targets.ids[0, 0] for one in store])
+    assert found.scores["teacher_accuracy"] == pytest.approx((labels == theirs).mean())
+    assert found.scores["micro_f1"] == pytest.approx(found.accuracy)
+    assert {"macro_f1", "brier", "teacher_brier", "expected_calibration_error"} <= found.scores.keys()
 
 
 def test_answers_for_every_token(tmp_path: Path) -> None:
@@ -269,6 +275,9 @@ def test_values_in_place_of_classes(hard: str, divergence: str, tmp_path: Path) 
     result = train(parse_config(TrainConfig, tree), tmp_path / "store", tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert result.loss < json.loads(lines[0])["loss"]
+    scores = evaluate(tmp_path / "run", tmp_path / "store").scores
+    assert scores["imitation_pearson"] > 0.3
+    assert scores["teacher_mean_absolute_error"] > 0
     for loss in ({"hard": hard}, {"divergence": "forward_kl"}):
         with pytest.raises((ConfigError, MismatchError)):
             train(parse_config(TrainConfig, {**tree, "loss": loss}), tmp_path / "store", tmp_path / "no")
