@@ -5,15 +5,19 @@ third parties offer theirs under the entry-point group of the family's dotted na
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from kdcache.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def attribute(path: str) -> Any:
@@ -57,3 +61,24 @@ def find(family: str, name: str) -> Any:
         f"There is no {family.rsplit('.', 1)[-1].rstrip('s')} named {name!r}.",
         hint=f"Did you mean {close[0]!r}?" if close else f"Choose one of: {', '.join(known)}.",
     )
+
+
+def bound(function: Callable[..., T], what: str, given: int, parameters: dict[str, Any]) -> Callable[..., T]:
+    """Return a plug-in's function with its parameters set.
+
+    Args:
+        function: The function.
+        what: Names it in the error, such as "divergence jsd".
+        given: Arguments that whoever calls it gives, which are no parameters.
+        parameters: By name.
+
+    Raises:
+        ConfigError: It has no such parameter.
+    """
+    accepted = list(inspect.signature(function).parameters)[given:]
+    if unknown := sorted(set(parameters) - set(accepted)):
+        raise ConfigError(
+            f"The {what} has no parameter {', '.join(map(repr, unknown))}.",
+            hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
+        )
+    return partial(function, **parameters)

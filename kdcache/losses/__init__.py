@@ -11,17 +11,15 @@ response loss (`kdcache.losses.responses`) is one that log-probabilities are not
 and labels. Nothing here masks, averages, weighs terms or multiplies by T**2: that is done once, by training.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache import registry
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import MismatchError
 from kdcache.targets.tensor import TensorTargets
 
 DIVERGENCES = (
@@ -151,7 +149,7 @@ def divergence(name: str, **parameters: Any) -> LogitLoss:
     Raises:
         ConfigError: There is no such divergence, or it has no such parameter.
     """
-    return _bind("divergence", name, registry.find(f"{__name__}.divergences", name), parameters)
+    return registry.bound(registry.find(f"{__name__}.divergences", name), f"divergence {name}", 1, parameters)
 
 
 def response(name: str, **parameters: Any) -> Response:
@@ -161,18 +159,7 @@ def response(name: str, **parameters: Any) -> Response:
         ConfigError: There is no such response loss, or it has no such parameter.
     """
     plugin: Response = registry.find(f"{__name__}.responses", name)
-    return replace(plugin, loss=_bind("response", name, plugin.loss, parameters))
-
-
-def _bind(kind: str, name: str, function: Callable[..., Tensor], parameters: dict[str, Any]) -> partial[Tensor]:
-    accepted = list(inspect.signature(function).parameters)[1:]
-    unknown = sorted(set(parameters) - set(accepted))
-    if unknown:
-        raise ConfigError(
-            f"The {kind} {name} has no parameter {', '.join(map(repr, unknown))}.",
-            hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
-        )
-    return partial(function, **parameters)
+    return replace(plugin, loss=registry.bound(plugin.loss, f"response {name}", 1, parameters))
 
 
 __all__ = [

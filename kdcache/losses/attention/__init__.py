@@ -13,15 +13,12 @@ done once, by training. One file is one loss; others come from entry points of t
 `kdcache.losses.attention`.
 """
 
-import inspect
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache import registry
-from kdcache.errors import ConfigError
 
 
 class AttentionLoss(Protocol):
@@ -74,15 +71,7 @@ def find(name: str, /, **parameters: Any) -> AttentionLoss:
     Raises:
         ConfigError: There is no such loss, or it has no such parameter.
     """
-    plugin = registry.find(__name__, name)
-    accepted = list(inspect.signature(plugin).parameters)[3:]
-    unknown = sorted(set(parameters) - set(accepted))
-    if unknown:
-        raise ConfigError(
-            f"The attention loss {name} has no parameter {', '.join(map(repr, unknown))}.",
-            hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
-        )
-    return partial(plugin, **parameters)
+    return registry.bound(registry.find(__name__, name), f"attention loss {name}", 3, parameters)
 
 
 __all__ = ["AttentionLoss", "find", "maps", "mean_of_rows"]

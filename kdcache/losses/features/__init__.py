@@ -12,16 +12,13 @@ otherwise. Nothing here masks, averages over rows or weighs terms: that is done 
 one loss; others come from entry points of the group `kdcache.losses.features`.
 """
 
-import inspect
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache import registry
-from kdcache.errors import ConfigError
 
 EPSILON = 1e-5
 """Added to a variance before its root, so that a channel that never varies is not divided by zero."""
@@ -85,15 +82,7 @@ def find(name: str, /, **parameters: Any) -> FeatureLoss:
     Raises:
         ConfigError: There is no such loss, or it has no such parameter.
     """
-    plugin = registry.find(__name__, name)
-    accepted = list(inspect.signature(plugin).parameters)[2:]
-    unknown = sorted(set(parameters) - set(accepted))
-    if unknown:
-        raise ConfigError(
-            f"The feature loss {name} has no parameter {', '.join(map(repr, unknown))}.",
-            hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
-        )
-    return partial(plugin, **parameters)
+    return registry.bound(registry.find(__name__, name), f"feature loss {name}", 2, parameters)
 
 
 __all__ = ["EPSILON", "FeatureLoss", "Moments", "find", "matched"]

@@ -14,15 +14,12 @@ does not grow with the batch. One file is one loss; others come from entry point
 `kdcache.losses.relations`.
 """
 
-import inspect
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache import registry
-from kdcache.errors import ConfigError
 
 
 class RelationLoss(Protocol):
@@ -72,15 +69,7 @@ def find(name: str, /, **parameters: Any) -> RelationLoss:
     Raises:
         ConfigError: There is no such loss, or it has no such parameter.
     """
-    plugin = registry.find(__name__, name)
-    accepted = list(inspect.signature(plugin).parameters)[2:]
-    unknown = sorted(set(parameters) - set(accepted))
-    if unknown:
-        raise ConfigError(
-            f"The relation loss {name} has no parameter {', '.join(map(repr, unknown))}.",
-            hint=f"Its parameters are: {', '.join(accepted) or 'none'}.",
-        )
-    return partial(plugin, **parameters)
+    return registry.bound(registry.find(__name__, name), f"relation loss {name}", 2, parameters)
 
 
 __all__ = ["RelationLoss", "find", "gram", "matched", "unit"]
