@@ -58,13 +58,8 @@ def test_an_encoder_gives_maps_values_and_states_by_name(tmp_path: Path) -> None
     model = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **SIZES)).eval()
     model.save_pretrained(tmp_path)
     inputs = {"input_ids": np.arange(12).reshape(2, 6), "attention_mask": np.asarray([[1] * 6, [1] * 4 + [0] * 2])}
-    taps = [
-        "hidden_states.2|mean",
-        "final|first",
-        "attentions.1",
-        "attentions.0|heads",
-        "bert.encoder.layer.1.attention.self.value",
-    ]
+    value = "bert.encoder.layer.1.attention.self.value"
+    taps = ["hidden_states.2|mean", "final|first", "attentions.1", "attentions.0|heads", value]
     answer = load_classifier(TeacherConfig(model=str(tmp_path), device="cpu")).forward(inputs, taps)
     with torch.no_grad():
         tensors = {name: torch.from_numpy(one) for name, one in inputs.items()}
