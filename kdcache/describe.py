@@ -114,7 +114,7 @@ def _sample(
     rows = [
         {
             "row": row,
-            "input": decode([sample.input_ids[row]]),
+            "input": decode(sample.input_ids[row : row + 1]),  # nothing of an example, which is not in the store
             "label": decode([sample.labels[row]]),
             "counts": bool(sample.loss_mask[row]),
             "label_probability": None if math.isnan(label[row]) else math.exp(label[row]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import MismatchError
+from kdcache.errors import ConfigError, MismatchError
 from kdcache.store import Problem, Store, check, open_store
 
 
@@ -60,6 +60,7 @@ def verify(
         progress: Called with objects done and all.
 
     Raises:
+        ConfigError: A teacher is given for a classifier's store.
         MismatchError: The teacher is not the one that was captured.
         IncompleteStoreError, CorruptObjectError, UnsupportedError: There is no manifest to check against.
     """
@@ -68,6 +69,8 @@ def verify(
     report = Report(problems, len(store.manifest.objects), store.nbytes, quick)
     if teacher is None or problems:
         return report
+    if store.manifest.kind != "causal_lm":
+        raise ConfigError("Rows of a classifier are not compared with a live one.", hint="Leave out --teacher.")
     return _compared(report, store, teacher, rows, seed)
 
 

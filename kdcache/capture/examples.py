@@ -182,13 +182,15 @@ class _Capture:
         if self._own.augment:
             said = "what was done to the view's image; see the capture's settings and kdcache/augment.py"
             columns += (Column("augmentation", "float32", {}, (augment.NUMBERS,), "1", said),)
-        shard_rows = config.store.shard_positions
+        chunk_rows = min(config.store.chunk_positions, config.store.shard_positions)
+        # rows that a shard has room for and no sample are written too: a small store's only shard is as small
+        shard_rows = min(config.store.shard_positions, -(-int(self._rows.sum()) // chunk_rows) * chunk_rows)
         settings = self._own.model_dump(mode="json", exclude={"path", "batch_size"})
         return StorePlan(
             kind="classifier",
             columns=columns,
             shard_rows=shard_rows,
-            chunk_rows=min(config.store.chunk_positions, shard_rows),
+            chunk_rows=chunk_rows,
             vocab_size=seen.classes,
             k=k,
             teacher={**self._model.fingerprint, "vocab_size": seen.classes},

@@ -40,7 +40,7 @@ def card(store: Store, url: str) -> str:
     teacher, licences = told["teacher"] or {}, told["licences"] or {}
     header = {
         "tags": ["knowledge-distillation", "kdcache", "logits"],
-        "task_categories": ["text-generation"],
+        "task_categories": ["text-generation" if store.manifest.kind == "causal_lm" else "other"],
         "size_categories": [next(name for least, name in SIZES + SMALLER if len(store) >= least)],
         "configs": [{"config_name": "preview", "data_files": PREVIEW}],
         **({"license": _identifier(licences["data"])} if licences.get("data") else {}),

@@ -14,10 +14,12 @@ from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.classifiers.module import ModuleClassifier
 from kdcache.config import parse_config
+from kdcache.describe import first_samples
 from kdcache.edit import merge, select
 from kdcache.errors import ConfigError, Interrupted, MismatchError, SourceError, TeacherNumericsError
 from kdcache.evaluate import evaluate
 from kdcache.examples import Examples, view_inputs, views_digest, write_examples
+from kdcache.share import pull, push
 from kdcache.store import Store, check, open_store
 from kdcache.stream import Loader, StreamConfig
 from kdcache.teachers import TeacherConfig
@@ -356,6 +358,27 @@ def test_what_a_classifier_may_not_say(pixels: Examples, tmp_path: Path, teacher
         )
     with pytest.raises(ConfigError, match="hidden, exact"):
         capture(config_of(pixels.folder, targets={"hidden": ["1"]}), tmp_path / "d", classifier=module(teacher))
+
+
+def test_what_a_store_holds_is_shown_and_shared(pixels: Examples, tmp_path: Path, teacher: Any) -> None:
+    store = viewed(pixels, tmp_path / "store", teacher)
+    rows = first_samples(store.path, 1, positions=3, candidates=2, temperature=1.0)[0]["rows"]
+    assert [row["candidates"][0]["id"] for row in rows] == store[0].targets.ids[:, 0].tolist()
+    url = f"file://{tmp_path}/there"
+    assert push(store.path, url).digest == store.digest
+    assert pull(url, tmp_path / "back").digest == store.digest
+
+
+def test_a_small_store_has_a_small_shard(pixels: Examples, tmp_path: Path, teacher: Any) -> None:
+    sizes = {"shard_positions": 65536, "chunk_positions": 64}
+    features = [{"name": "map", "tap": "conv", "dtype": "float32"}]
+    capture(
+        config_of(pixels.folder, store=sizes, examples={"features": features}),
+        tmp_path / "s",
+        classifier=module(teacher),
+    )
+    assert open_store(tmp_path / "s").manifest.shard_rows == 128
+    assert check(open_store(tmp_path / "s")) == []
 
 
 def test_draws_depend_on_the_sample_and_the_view_alone() -> None:
