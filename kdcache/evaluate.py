@@ -105,7 +105,7 @@ def evaluate(
     data = DataConfig(**config["data"]) if "data" in config else None
     if examples is not None:
         data = (data or DataConfig()).model_copy(update={"examples": str(examples), "validation_examples": None})
-    _require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
+    require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = output_head_of(opened).to(device) if opened.manifest.part("output_head") else None
     found = held_out(
@@ -184,7 +184,12 @@ def _softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     return found
 
 
-def _require_same_tokenizer(folder: Path, recorded: dict[str, Any] | None) -> None:
+def require_same_tokenizer(folder: Path, recorded: dict[str, Any] | None) -> None:
+    """Refuse a student whose folder holds another tokenizer than a store's.
+
+    Raises:
+        MismatchError: They differ; either missing is no difference.
+    """
     if recorded is None or not (folder / "tokenizer.json").is_file():
         return
     if lines := differences(recorded, tokenizer_fingerprint(load_tokenizer(str(folder)))):

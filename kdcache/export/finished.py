@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.errors import ConfigError, MismatchError, SourceError, UnsupportedError
+from kdcache.evaluate import require_same_tokenizer
 from kdcache.fingerprint import digest_file, digest_json
 from kdcache.store import Store, open_store
-from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train import RESULT
 from kdcache.train.student import load_student
 
@@ -153,7 +153,7 @@ def load_finished(folder: Path, store: Store | None) -> Finished:
                 where=store.location,
                 hint="Measure it on a store of its own teacher.",
             )
-        _require_same_tokenizer(folder, store.manifest.part("tokenizer"))
+        require_same_tokenizer(folder, store.manifest.part("tokenizer"))
     return Finished(folder, model, vocab_size)
 
 
@@ -182,14 +182,3 @@ def _told(store: Store | None, config: dict[str, Any], folder: Path) -> int:
             hint="Give a store of its teacher with --store.",
         )
     return open_store(validation).vocab_size
-
-
-def _require_same_tokenizer(folder: Path, recorded: dict[str, Any] | None) -> None:
-    if recorded is None or not (folder / "tokenizer.json").is_file():
-        return
-    if lines := differences(recorded, tokenizer_fingerprint(load_tokenizer(str(folder)))):
-        raise MismatchError(
-            f"The student's tokenizer is not the store's: {'; '.join(lines)}.",
-            where=str(folder),
-            hint="Measure it on a store captured with the same tokenizer.",
-        )
