@@ -21,6 +21,40 @@ class Schedule(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
 
 
+class EntropyTemperature(Section):
+    """A temperature for each position, by how sure the teacher is there; see kdcache/train/temperature.py.
+
+    Attributes:
+        sure: T where the teacher is certain.
+        unsure: T where all outcomes are alike; in between by the teacher's entropy.
+    """
+
+    sure: float = Field(gt=0)
+    unsure: float = Field(gt=0)
+
+
+class LearnedTemperature(Section):
+    """One temperature that is learned while training; see kdcache/train/temperature.py.
+
+    Attributes:
+        low: Smallest T.
+        high: Largest T.
+        start: At the first step, between them.
+        towards: harder (it rises where that raises the loss) or easier.
+    """
+
+    low: float = Field(default=1.0, gt=0)
+    high: float = 20.0
+    start: float = 4.0
+    towards: Literal["harder", "easier"]
+
+    @model_validator(mode="after")
+    def _between(self) -> "LearnedTemperature":
+        if not self.low < self.start < self.high:
+            raise ValueError("low, start and high rise")
+        return self
+
+
 class StudentConfig(Section):
     """Which model is trained; exactly one of model, config and factory.
 
@@ -156,7 +190,8 @@ class LossConfig(Section):
         hard: What the labels are held against: cross_entropy (classes), sigmoid (a value of 0 to 1 each output) or mse
             (any value each output).
         weights: Positions that count more.
-        temperature: T of both sides; a number or a schedule.
+        temperature: T of both sides: a number, a schedule, {sure, unsure} (by the teacher's entropy at the position)
+            or {towards: harder} (learned).
         alpha: Weight of the divergence; 0 is hard labels alone, and the teacher's rows are not read.
         tail: bucket (a lower bound), sampled (unbiased, needs draws), exact (needs an exact store), or renormalise
             (biased, to compare).
@@ -173,7 +208,7 @@ class LossConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     hard: Literal["cross_entropy", "sigmoid", "mse"] = "cross_entropy"
     weights: WeightConfig | None = None
-    temperature: float | Schedule = 1.0
+    temperature: float | Schedule | EntropyTemperature | LearnedTemperature = 1.0
     alpha: float | Schedule = 0.9
     tail: Literal["bucket", "sampled", "exact", "renormalise"] = "bucket"
     combine: Literal["fixed", "confidence", "loss"] = "fixed"

@@ -26,7 +26,7 @@ from kdcache.store import Store, open_store
 from kdcache.store.objects import write_object
 from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.train import checkpoint
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import Schedule, TrainConfig
 from kdcache.train.features import with_pairs
 from kdcache.train.feed import Feed
 from kdcache.train.objective import Objective, needs
@@ -168,7 +168,9 @@ class Run:
         # ranks average gradients, so each divides by its share of the positions of all
         positions = max(1.0, float(everywhere)) / self._accelerator.num_processes
         alpha = value_at(config.loss.alpha, step, self._steps)
-        temperature = value_at(config.loss.temperature, step, self._steps)
+        set_at = config.loss.temperature
+        # the objective knows a temperature that is learned or goes by entropy
+        temperature = value_at(set_at, step, self._steps) if isinstance(set_at, float | Schedule) else 1.0
         sums: dict[str, float] = {}
         for number, batch in enumerate(micro):
             here = batch.to(device, non_blocking=True)
@@ -195,7 +197,7 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         self._state.step += 1
         self._state.positions += int(everywhere)
-        self._record(sums, rate, (alpha, temperature), time.perf_counter() - began, waited, micro)
+        self._record(sums, rate, (alpha, self._plain.mean_temperature), time.perf_counter() - began, waited, micro)
         return sums if finite else None
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:

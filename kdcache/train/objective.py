@@ -24,11 +24,12 @@ from kdcache.losses.tails import policy
 from kdcache.store import Store
 from kdcache.targets import inverse
 from kdcache.targets.tensor import OutputHead, TensorTargets
-from kdcache.train.config import LossConfig
+from kdcache.train.config import EntropyTemperature, LearnedTemperature, LossConfig, Schedule
 from kdcache.train.features import FeatureTerms
 from kdcache.train.schedule import extremes
 from kdcache.train.student import StudentOutput, is_fused, layer_shapes, run_student
 from kdcache.train.teachers import combined
+from kdcache.train.temperature import Learned, by_entropy
 from kdcache.train.weights import position_weights
 
 
@@ -96,6 +97,9 @@ class Objective(nn.Module):
             raise ConfigError("The tail policy exact needs a student with an output layer.", where="loss.tail")
         shapes = layer_shapes(student, self._layers, probe) if config.hidden else {}
         self.features = FeatureTerms(config.hidden, store, shapes)
+        self.learned = Learned(config.temperature) if isinstance(config.temperature, LearnedTemperature) else None
+        self._tempered = self._response is None or self._response.tempered
+        self.mean_temperature = 1.0
 
     def forward(self, batch: Batch, alpha: float, temperature: float, positions: float) -> dict[str, Tensor]:
         """Return the terms of a micro-batch, each a sum over its counted positions divided by `positions`.
@@ -103,7 +107,7 @@ class Objective(nn.Module):
         Args:
             batch: On the student's device.
             alpha: Weight of the divergence.
-            temperature: T.
+            temperature: T; not used where it is learned, or goes by the teacher's entropy.
             positions: Counted positions of the whole optimiser step.
 
         Returns:
@@ -111,26 +115,47 @@ class Objective(nn.Module):
         """
         output = run_student(self.student, batch, self._layers, fused=self.fused)
         rows = batch.mask.nonzero()[:, 0]
-        kd, ce = self._terms(batch, output, rows, alpha, temperature)
+        scale = self._scale(batch, rows, temperature)
+        self.mean_temperature = scale if isinstance(scale, float) else float(scale.mean())
+        kd, ce = self._terms(batch, output, rows, alpha, scale)
         if self._config.weights is not None:
             known = None if batch.targets is None else batch.targets[rows]
             weights = position_weights(self._config.weights, known, batch.labels[rows], ce)
             kd, ce = kd * weights, ce * weights
         hidden = self.features(output.layers, batch, rows)
+        soft = (kd * scale**2 if self._tempered else kd).sum() / positions
         terms = {
             "divergence": kd.sum() / positions,
             "cross_entropy": ce.sum() / positions,
             "hidden": hidden / positions,
         }
-        tempered = self._response is None or self._response.tempered
-        soft = terms["divergence"] * (temperature**2 if tempered else 1.0)
         loss = alpha * soft + (1 - alpha) * terms["cross_entropy"] + terms["hidden"]
+        if self.learned is not None and len(rows):
+
+            def tried(value: float) -> Tensor:
+                return self._terms(batch, output, rows, max(alpha, 1e-6), value)[0].sum() * value**2 / positions
+
+            loss = loss + self.learned.pull(tried)
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
+    def _scale(self, batch: Batch, rows: Tensor, scheduled: float) -> float | Tensor:
+        """Return T: of all positions, or of each [counted positions]."""
+        if self.learned is not None:
+            return float(self.learned().detach())
+        if isinstance(self._config.temperature, EntropyTemperature) and batch.targets is not None and len(rows):
+            return by_entropy(self._config.temperature, batch.targets[rows])
+        return scheduled
+
     def _terms(
-        self, batch: Batch, output: StudentOutput, rows: Tensor, alpha: float, temperature: float
+        self, batch: Batch, output: StudentOutput, rows: Tensor, alpha: float, temperature: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return divergence and cross-entropy [counted positions]."""
+        if isinstance(temperature, Tensor):
+            levels = [(value, (temperature == value).nonzero()[:, 0]) for value in sorted(set(temperature.tolist()))]
+            parts = [self._terms(batch, output, rows[some], alpha, value) for value, some in levels]
+            back = torch.cat([some for _, some in levels]).argsort()
+            kd, ce = (torch.cat(side)[back] for side in zip(*parts, strict=True))
+            return kd, ce
         labels = batch.labels[rows]
         if self._config.hard != "cross_entropy":
             return self._values(batch, output, rows, alpha, temperature)
@@ -255,6 +280,21 @@ def _require_sense(config: LossConfig) -> None:
         raise ConfigError(f"alpha goes from {low} to {high}, outside 0 to 1.", where="loss.alpha")
     if extremes(config.temperature)[0] <= 0:
         raise ConfigError("A temperature is positive.", where="loss.temperature")
+    if isinstance(config.temperature, float | Schedule):
+        return
+    if high == 0 or config.hard != "cross_entropy" or config.divergence == "dist":
+        # dist compares positions with each other, which have no temperature in common
+        raise ConfigError(
+            "A temperature by entropy or a learned one is for a divergence at every position.",
+            where="loss.temperature",
+            hint="Set loss.temperature to a number or a schedule.",
+        )
+    if isinstance(config.temperature, EntropyTemperature) and config.tail == "exact":
+        raise ConfigError(
+            "A temperature by entropy needs the teacher's head, which the tail policy exact does not read.",
+            where="loss.temperature",
+            hint="Use loss.tail=bucket.",
+        )
 
 
 def _require_columns(config: LossConfig, store: Store) -> None:

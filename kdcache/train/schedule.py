@@ -2,7 +2,7 @@
 
 import math
 
-from kdcache.train.config import OptimConfig, Schedule
+from kdcache.train.config import EntropyTemperature, LearnedTemperature, OptimConfig, Schedule
 
 
 def value_at(value: float | Schedule, step: int, steps: int) -> float:
@@ -12,8 +12,12 @@ def value_at(value: float | Schedule, step: int, steps: int) -> float:
     return value.start + (value.end - value.start) * _progress(value.schedule, step / max(1, steps - 1))
 
 
-def extremes(value: float | Schedule) -> tuple[float, float]:
-    """Return the smallest and the largest value that a schedule takes."""
+def extremes(value: float | Schedule | EntropyTemperature | LearnedTemperature) -> tuple[float, float]:
+    """Return the smallest and the largest value that a setting takes."""
+    if isinstance(value, EntropyTemperature):
+        return min(value.sure, value.unsure), max(value.sure, value.unsure)
+    if isinstance(value, LearnedTemperature):
+        return value.low, value.high
     if not isinstance(value, Schedule):
         return float(value), float(value)
     ends = (value.start,) if value.schedule == "constant" else (value.start, value.end)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdcache.targets.tensor import TensorTargets
 from kdcache.train.config import WeightConfig
+from kdcache.train.temperature import entropy
 
 
 def position_weights(
@@ -39,11 +40,9 @@ def _score(by: str, targets: TensorTargets | None, labels: Tensor) -> Tensor:
     whole = targets.log_partition(1.0)
     if by == "teacher_loss":
         return (whole - targets.label_logit).nan_to_num(0.0)
-    log_p = targets.logits - whole[:, None]
     if by == "entropy":
-        tail = (targets.tail_log_partition(1.0) - whole)[:, None]
-        both = torch.cat([log_p, tail], 1).clamp(min=-1e4)
-        return -(both.exp() * both).sum(1)
+        return entropy(targets)
+    log_p = targets.logits - whole[:, None]
     if by == "correct":
         return torch.where(targets.ids[:, 0] == labels, 1.0, 0.1)
     p = log_p.exp()
