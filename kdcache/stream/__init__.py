@@ -2,7 +2,8 @@
 
 Legend: `N` positions of a batch, `S` samples of the store.
 
-The order is a pure function of (seed, epoch, shard layout). Global batch g is the g-th run of batch_size * world_size
+The order is a pure function of (seed, epoch, shard layout), and of the teacher's scores where hard samples come more
+often. Global batch g is the g-th run of batch_size * world_size
 samples in it; rank r takes every world_size-th of them from r. Neither workers nor prefetching change it, so the
 state that resumes a run is one number: the batches consumed.
 """
@@ -23,6 +24,7 @@ from kdcache.stream.decoders import Decoders
 from kdcache.stream.gather import ShardReader, columns_read
 from kdcache.stream.order import sample_order
 from kdcache.stream.prefetch import prefetched
+from kdcache.stream.sampling import SamplingConfig, sample_weights
 from kdcache.targets.tensor import OutputHead
 
 STATE_VERSION = 1
@@ -46,6 +48,7 @@ class StreamDataset(IterableDataset[Batch]):
         self.start = 0
         self._spare: list[Decoders] = []
         _require_columns(self._store, config)
+        self._weights = None if config.sampling is None else sample_weights(self._store, config.sampling)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_spare": []}
@@ -66,7 +69,9 @@ class StreamDataset(IterableDataset[Batch]):
         config, shards = self._config, self._store.shards
         if config.shuffle:
             counts = [shard.samples for shard in shards]
-            order = sample_order(counts, seed=config.seed, epoch=self.epoch, pool_shards=config.pool_shards)
+            order = sample_order(
+                counts, seed=config.seed, epoch=self.epoch, pool_shards=config.pool_shards, weights=self._weights
+            )
         else:
             order = np.arange(len(self._store))
         whole = config.batch_size * config.world_size
@@ -132,7 +137,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes after the batches given so far: a few numbers, JSON-ready."""
+        sampling = self.config.sampling
         return {
+            **({} if sampling is None else {"sampling": sampling.model_dump(mode="json")}),
             "version": STATE_VERSION,
             "digest": self.store.digest,
             "seed": self.config.seed,
@@ -150,11 +157,12 @@ class Loader:
             MismatchError: The state is of another store, order or global batch.
         """
         mine = self.state_dict()
-        wrong = [key for key in mine if key not in ("epoch", "batches") and state.get(key) != mine[key]]
+        settled = [key for key in {**state, **mine} if key not in ("epoch", "batches")]
+        wrong = [key for key in settled if state.get(key) != mine.get(key)]
         if wrong:
             raise MismatchError(
                 "The state belongs to another stream: "
-                + "; ".join(f"{key} was {state.get(key)!r}, now {mine[key]!r}" for key in wrong)
+                + "; ".join(f"{key} was {state.get(key)!r}, now {mine.get(key)!r}" for key in wrong)
                 + ".",
                 hint="Resume with the store and the data settings that the run began with.",
             )
@@ -191,4 +199,4 @@ def _require_columns(store: Store, config: StreamConfig) -> None:
             )
 
 
-__all__ = ["Loader", "StreamConfig", "StreamDataset", "output_head_of", "sample_order"]
+__all__ = ["Loader", "SamplingConfig", "StreamConfig", "StreamDataset", "output_head_of", "sample_order"]

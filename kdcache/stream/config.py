@@ -1,6 +1,7 @@
 """How a store is read."""
 
 from kdcache.config import Section
+from kdcache.stream.sampling import SamplingConfig
 
 
 class StreamConfig(Section):
@@ -10,6 +11,7 @@ class StreamConfig(Section):
         batch_size: Samples a batch and rank.
         seed: Of the order.
         shuffle: Permute shards, and samples within pools of shards; else the store's own order.
+        sampling: Samples that come more often; only where `shuffle` is set.
         pool_shards: Shards whose samples are mixed; a process holds these and as many of the next decoded.
         targets: Read the teacher's rows.
         packed: Leave the targets as they lie in the store; `Batch.to` unpacks them on the device, two fifths of the
@@ -26,6 +28,7 @@ class StreamConfig(Section):
     batch_size: int = 8
     seed: int = 0
     shuffle: bool = True
+    sampling: SamplingConfig | None = None
     pool_shards: int = 4
     targets: bool = True
     packed: bool = False

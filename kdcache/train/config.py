@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from kdcache.config import Section
+from kdcache.losses.difficulty import Score
+from kdcache.stream.sampling import SamplingConfig
 
 
 class Schedule(Section):
@@ -106,6 +108,8 @@ class DataConfig(Section):
         seed: Of the order; default: the run's.
         shuffle: In the order of (seed, epoch), else the store's.
         pool_shards: Shards whose samples are mixed.
+        sampling: Samples that come more often, by what the teacher said: {by: teacher_loss, entropy, confidence,
+            margin or correct, power, least}; see kdcache/stream/sampling.py.
         validation: A held-out store, for validation and early stopping.
         examples: Folder of the inputs of a classifier's store.
         inputs: Parameter of the student to field of the examples; default: as the teacher was given.
@@ -119,6 +123,7 @@ class DataConfig(Section):
     seed: int | None = None
     shuffle: bool = True
     pool_shards: int = Field(default=4, ge=1)
+    sampling: SamplingConfig | None = None
     validation: str | None = None
     examples: str | None = None
     inputs: dict[str, str] = Field(default_factory=dict)
@@ -175,7 +180,7 @@ class WeightConfig(Section):
         power: Of the score; negative turns it round.
     """
 
-    by: Literal["teacher_loss", "entropy", "confidence", "margin", "correct", "student_loss"]
+    by: Score | Literal["student_loss"]
     power: float = 1.0
 
 

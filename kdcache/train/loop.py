@@ -354,6 +354,7 @@ class Run:
             seed=self._config.run.seed if data.seed is None else data.seed,
             shuffle=data.shuffle,
             pool_shards=data.pool_shards,
+            sampling=data.sampling,
             targets=wanted.targets and not live,
             packed=self._accelerator.device.type != "cpu",
             draws=wanted.draws and not live,

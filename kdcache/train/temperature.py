@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kdcache.losses.difficulty import entropy
 from kdcache.targets.tensor import TensorTargets
 from kdcache.train.config import EntropyTemperature, LearnedTemperature
 
@@ -29,14 +30,6 @@ def by_entropy(config: EntropyTemperature, targets: TensorTargets) -> Tensor:
     share = (entropy(targets).float() / math.log(max(2, targets.vocab_size))).clamp(0, 1)
     level = (share * (LEVELS - 1)).round() / (LEVELS - 1)
     return config.sure + (config.unsure - config.sure) * level
-
-
-def entropy(targets: TensorTargets) -> Tensor:
-    """Return the teacher's entropy [N] at T = 1 in nats, of its head and the tail as one outcome."""
-    whole = targets.log_partition(1.0)
-    tail = targets.tail_log_partition(1.0) - whole
-    both = torch.cat([targets.logits - whole[:, None], tail[:, None]], 1).clamp(min=-1e4)
-    return -(both.exp() * both).sum(1)
 
 
 class Learned(nn.Module):
