@@ -80,7 +80,7 @@ def sides(config: CaptureConfig, folder: Path, rounds: int) -> tuple[list[str], 
     alone, whole, where = [], [], []
     for turn in range(-1, rounds):  # the first turn warms, and compiles
         found = (
-            bare(teacher._model, samples, batches),
+            bare(teacher.model, samples, batches),
             capture(config, folder / f"store{turn}", teacher=teacher).seconds,
             parts(teacher, samples, batches, config.targets.k, config.targets.fused),
         )

@@ -1,10 +1,10 @@
 """What a student's step consumes, the same from a store and from a live teacher.
 
-Legend: `N` positions of the batch, `S` its samples, `T` longest sample, `D` hidden width.
+Legend: `N` positions of the batch, `S` its samples, `T` longest sample, `D` hidden width, `C` spans.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,40 @@ class Padded:
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """Stretches of text that two tokenisations both cut, and which positions of either side predict their tokens.
+
+    The positions of the batch are then the student's, and the rows of its targets the teacher's, in other numbers.
+
+    Attributes:
+        rows: int64 [R], rows of the targets that lie in a span, span by span.
+        of_rows: int64 [R], which span each of them lies in.
+        positions: int64 [P], the student's positions that lie in a span, span by span: where the mask is set.
+        of_positions: int64 [P], which span each of them lies in.
+        first_rows: int64 [C], the row that predicts each span's first token.
+        first_positions: int64 [C], the student's position that does.
+        nbytes: int64 [C], bytes of each span's text; 0 of an end or begin token.
+    """
+
+    rows: Tensor
+    of_rows: Tensor
+    positions: Tensor
+    of_positions: Tensor
+    first_rows: Tensor
+    first_positions: Tensor
+    nbytes: Tensor
+
+    def __len__(self) -> int:
+        """C."""
+        return len(self.nbytes)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Spans":
+        """Return them on a device."""
+        moved = (getattr(self, one.name).to(device, non_blocking=non_blocking) for one in fields(self))
+        return Spans(*moved)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Some samples, their positions one after the other: no padding.
 
@@ -46,6 +80,8 @@ class Batch:
         extra: Further columns of the store [N, ...], by name.
         inputs: What a student of examples is given [S, ...], by the name of its parameter.
         places: int64 [N], of students that answer for every token: which of the S * T answers each position is.
+        answers: Of the same students: T, how many a sample has.
+        spans: Where the student's tokenizer is not the teacher's; positions are then the student's.
     """
 
     input_ids: Tensor
@@ -61,6 +97,8 @@ class Batch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     places: Tensor | None = None
+    answers: int | None = None
+    spans: Spans | None = None
 
     @property
     def num_positions(self) -> int:
@@ -91,6 +129,7 @@ class Batch:
             extra={name: one.to(device, non_blocking=non_blocking) for name, one in self.extra.items()},
             inputs={name: one.to(device, non_blocking=non_blocking) for name, one in self.inputs.items()},
             places=None if self.places is None else self.places.to(device, non_blocking=non_blocking),
+            spans=None if self.spans is None else self.spans.to(device, non_blocking=non_blocking),
         )
 
     def rows(self, kept: Tensor, offsets: Tensor) -> "Batch":

@@ -101,10 +101,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
 def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigError:
     lines, hint = [], ""
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key, fields = _place(kind, item)
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
-            hint = hint or _suggest(kind, item)
+            hint = hint or _suggest(str(item["loc"][-1]), fields)
         elif item["type"] == "missing":
             lines.append(f"key {key!r} is missing")
         else:
@@ -113,13 +113,24 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigE
     return ConfigError(f"The config does not fit: {'; '.join(lines)}.", where=where, hint=hint)
 
 
-def _suggest(kind: type[Section], item: ErrorDetails) -> str:
-    fields: dict[str, Any] = dict(kind.model_fields)
-    for part in item["loc"][:-1]:
-        if isinstance(part, str) and part in fields:
-            for candidate in _sections(fields[part].annotation):
-                fields = dict(candidate.model_fields)
-    close = get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
+def _place(kind: type[Section], item: ErrorDetails) -> tuple[str, dict[str, Any]]:
+    """Return the key that an error is about, as a user wrote it, and the keys that are known beside it."""
+    beside: dict[str, Any] = dict(kind.model_fields)
+    kept, inside = [], beside
+    for number, part in enumerate(item["loc"]):
+        unknown = item["type"] == "extra_forbidden" and number == len(item["loc"]) - 1
+        if isinstance(part, str) and inside and part not in inside and not unknown:
+            continue  # which member of a union was tried
+        kept.append(str(part))
+        beside = inside
+        if isinstance(part, str) and part in inside:
+            sections = [one.model_fields for one in _sections(inside[part].annotation)]
+            inside = {name: found for one in sections for name, found in one.items()}
+    return ".".join(kept), beside
+
+
+def _suggest(name: str, fields: dict[str, Any]) -> str:
+    close = get_close_matches(name, fields, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(sorted(fields))}."
 
 

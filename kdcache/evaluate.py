@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train import RESULT, held_out
 from kdcache.train.config import DataConfig
-from kdcache.train.feed import Feed
+from kdcache.train.feed import held_out_feed
+from kdcache.train.spans import held_out_by_text
 from kdcache.train.student import load_student, run_student
 
 
@@ -41,8 +43,10 @@ class Metrics:
         scores: Of a classifier's store. Classes: macro_f1, micro_f1, expected_calibration_error and brier of the
             student (see kdcache/metrics.py), teacher_accuracy, teacher_macro_f1, and with every output in the store
             teacher_expected_calibration_error and teacher_brier. Values: mean_absolute_error, root_mean_squared_error,
-            r_squared and pearson over all outputs, the same with teacher_, and those of student against teacher as
-            imitation_. Empty for language models.
+            r_squared and pearson over all outputs, and with every output in the store the same with teacher_ and those
+            of student against teacher as imitation_; where a student was trained with a sigmoid, of the probabilities.
+            Empty for language models and without labels; of a student with a tokenizer of its own bits_per_byte and
+            teacher_bits_per_byte, and the measurements above are then by the text (kdcache/train/spans.py).
     """
 
     perplexity: float
@@ -101,17 +105,24 @@ def evaluate(
     opened = open_store(path)
     own = config.get("student", {})
     task = None if opened.manifest.kind == "causal_lm" else own.get("task") or "sequence-classification"
-    model = load_student(folder, own.get("factory"), opened.vocab_size, task)
+    speaks = load_tokenizer(str(folder)) if own.get("tokenizer") else None
+    model = load_student(folder, own.get("factory"), opened.vocab_size if speaks is None else len(speaks), task)
     data = DataConfig(**config["data"]) if "data" in config else None
     if examples is not None:
         data = (data or DataConfig()).model_copy(update={"examples": str(examples), "validation_examples": None})
-    require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    head = output_head_of(opened).to(device) if opened.manifest.part("output_head") else None
-    found = held_out(
-        model.to(device), opened, batch_size=batch_size, device=device, head=head, data=data, progress=progress
-    )
-    scores = {} if task is None else _scores(model, opened, data or DataConfig(), batch_size, device)
+    if speaks is None:
+        require_same_tokenizer(folder, opened.manifest.part("tokenizer"))
+        head = output_head_of(opened).to(device) if opened.manifest.part("output_head") else None
+        measure = partial(held_out, head=head, data=data)
+    else:
+        measure = partial(held_out_by_text, tokenizer=speaks)
+    found = measure(model.to(device), opened, batch_size=batch_size, device=device, progress=progress)
+    told = {name: getattr(found, name) for name in BY_TEXT if speaks is not None}
+    if task is not None:
+        told = scores(
+            model, opened, data or DataConfig(), batch_size=batch_size, device=device, yes_no=says_yes_or_no(config)
+        )
     return Metrics(
         perplexity=found.perplexity,
         cross_entropy=found.cross_entropy,
@@ -125,10 +136,11 @@ def evaluate(
         parameters=sum(one.numel() for one in model.parameters()),
         peak_memory_bytes=peak_memory_bytes(),
         store_digest=opened.digest,
-        scores=scores,
+        scores=told,
     )
 
 
+BY_TEXT = ("bits_per_byte", "teacher_bits_per_byte")
 F1 = {"macro_f1": metrics.macro_f1, "micro_f1": metrics.micro_f1}
 CLASSES = {"expected_calibration_error": metrics.expected_calibration_error, "brier": metrics.brier}
 VALUES = {
@@ -139,12 +151,42 @@ VALUES = {
 }
 
 
+def says_yes_or_no(config: dict[str, Any]) -> bool:
+    """Say whether the outputs of a run's student are logits of so many yes-or-no questions.
+
+    Args:
+        config: Of the run.
+    """
+    loss = config.get("loss") or {}
+    return "sigmoid" in (loss.get("hard"), loss.get("divergence"))
+
+
 @torch.no_grad()
-def _scores(
-    model: torch.nn.Module, store: Store, data: DataConfig, batch_size: int, device: torch.device
+def scores(
+    model: torch.nn.Module,
+    store: Store,
+    data: DataConfig,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    yes_no: bool = False,
 ) -> dict[str, float]:
-    """Return what needs all answers at once: F1, calibration, correlation."""
-    feed = Feed(store, data.model_copy(update={"examples": data.validation_examples or data.examples}))
+    """Return what needs all answers of a classifier's store at once, by the names of `Metrics.scores`.
+
+    Args:
+        model: The student, on `device`.
+        store: A held-out store of the kind `classifier`.
+        data: Names its examples.
+        batch_size: Samples a batch.
+        device: Where the student is.
+        yes_no: Values are probabilities, and both sides' outputs their logits.
+
+    Returns:
+        Empty where the store has no labels; without the teacher where it does not keep every output.
+    """
+    feed = held_out_feed(store, data)
+    if not feed.labelled:
+        return {}
     config = StreamConfig(batch_size=batch_size, shuffle=False, pool_shards=1, extra=feed.extra)
     parts: dict[str, list[np.ndarray[Any, Any]]] = {"ours": [], "theirs": [], "labels": [], "values": []}
     model.eval()
@@ -157,13 +199,16 @@ def _scores(
         ours, told = output.logits[rows].float(), targets[rows]
         theirs = torch.full_like(ours, -torch.inf).scatter(1, told.ids.long(), told.logits)
         values = batch.extra.get("label_values", batch.labels[:, None])[rows]
-        found = {"ours": ours, "theirs": theirs, "labels": batch.labels[rows], "values": values}
-        for name, part in found.items():
+        for name, part in {"ours": ours, "theirs": theirs, "labels": batch.labels[rows], "values": values}.items():
             parts[name].append(part.cpu().numpy())
     whole = store.k == store.vocab_size
     if "label_values" in store.columns:
         flat = {name: np.concatenate(some).reshape(-1) for name, some in parts.items() if name != "labels"}
-        sides = {"": ("ours", "values"), "teacher_": ("theirs", "values"), "imitation_": ("ours", "theirs")}
+        if yes_no:
+            flat |= {name: 0.5 + 0.5 * np.tanh(0.5 * flat[name]) for name in ("ours", "theirs")}
+        sides = {"": ("ours", "values")}
+        if whole:
+            sides |= {"teacher_": ("theirs", "values"), "imitation_": ("ours", "theirs")}
         return {
             f"{side}{name}": score(flat[one], flat[other])
             for side, (one, other) in sides.items()
@@ -171,11 +216,11 @@ def _scores(
         }
     student, teacher, labels = (np.concatenate(parts[name]) for name in ("ours", "theirs", "labels"))
     best = {"": student.argmax(1), "teacher_": teacher.argmax(1)}
-    scores = {f"{side}{name}": score(own, labels) for side, own in best.items() for name, score in F1.items()}
-    scores["teacher_accuracy"] = metrics.accuracy(best["teacher_"], labels)
+    found = {f"{side}{name}": score(own, labels) for side, own in best.items() for name, score in F1.items()}
+    found["teacher_accuracy"] = metrics.accuracy(best["teacher_"], labels)
     for side, table in {"": student, **({"teacher_": teacher} if whole else {})}.items():
-        scores |= {f"{side}{name}": score(_softmax(table), labels) for name, score in CLASSES.items()}
-    return scores
+        found |= {f"{side}{name}": score(_softmax(table), labels) for name, score in CLASSES.items()}
+    return found
 
 
 def _softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

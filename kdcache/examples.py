@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.augment import PARTNER, AugmentConfig, apply
+from kdcache.augment import Views, kind_of, view
 from kdcache.errors import ConfigError, SourceError
 from kdcache.fingerprint import digest_bytes, digest_file, digest_json
 
@@ -133,7 +133,7 @@ def view_inputs(
     examples: Examples,
     places: NDArray[np.int64],
     fields: Mapping[str, str],
-    settings: AugmentConfig | None,
+    settings: Views | None,
     drawn: Array | None,
 ) -> list[dict[str, Array]]:
     """Return what a model is given for some samples, once a view.
@@ -142,21 +142,36 @@ def view_inputs(
         examples: Where the fields are.
         places: int [S].
         fields: Parameter to field.
-        settings: Of the augmentation, or None.
-        drawn: Its numbers [S, V, P], or None.
+        settings: Of the views, or None.
+        drawn: Their numbers [S, V, P]; None for one view, the samples as they are.
+
+    Raises:
+        ConfigError: There is no such field, or it is not what the views are made of.
     """
-    plain = {parameter: examples.batch(places, [name])[name] for parameter, name in fields.items()}
-    if settings is None or drawn is None:
-        return [plain]
-    changed = next((one for one, name in fields.items() if name == settings.field), None)
-    if changed is None:
-        return [plain] * drawn.shape[1]
+    if settings is None:
+        own = examples.batch(places, list(fields.values()))
+        return [{parameter: own[name] for parameter, name in fields.items()}]
+    numbers = kind_of(settings).plain(len(places))[:, None] if drawn is None else drawn
+    touched = set(kind_of(settings).touched(settings)) & set(fields.values())
+    plain = examples.batch(places, [name for name in fields.values() if name not in touched])
     views = []
-    for own in np.moveaxis(drawn, 1, 0):
-        partner = own[:, PARTNER].astype(np.int64)
-        others = examples.batch(np.where(partner < 0, places, partner), [settings.field])[settings.field]
-        views.append({**plain, changed: apply(settings, plain[changed], own, others)})
+    for own_numbers in np.moveaxis(numbers, 1, 0):
+        made = view(settings, own_numbers, places, examples.batch) if touched else {}
+        if not kind_of(settings).aligned(settings):
+            _require_none_left_behind(plain, made)
+        views.append({parameter: made[name] if name in touched else plain[name] for parameter, name in fields.items()})
     return views
+
+
+def _require_none_left_behind(plain: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+    shapes = {values.shape for values in made.values()}
+    if left := [name for name, values in plain.items() if values.shape in shapes]:
+        raise ConfigError(
+            f"The field {left[0]!r} has a value for each token, and the views move tokens without it.",
+            where="examples.augment",
+            hint="Leave the field out of examples.fields, or set token_swap and token_drop to 0; beside copies give it "
+            "copies too.",
+        )
 
 
 def views_digest(views: Sequence[dict[str, Array]], row: int) -> bytes:

@@ -5,15 +5,21 @@ store that it was.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.capture import planned
+from kdcache.capture.answers import ExampleRows
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.rows import RowMaker
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.classifiers import load_classifier
+from kdcache.errors import MismatchError
+from kdcache.examples import Examples
 from kdcache.fingerprint import digest_bytes
 from kdcache.samples import prepare
 from kdcache.sources import open_source
@@ -24,8 +30,23 @@ from kdcache.store.writer import differing
 from kdcache.teachers import load_teacher
 from kdcache.tokenizer import tokenizer_fingerprint
 
+Array = NDArray[Any]
+
 SAME = ("kind", "vocab_size", "k", "shard_rows", "chunk_rows", "columns", "teacher", "tokenizer", "source", "capture")
 """Members of the manifest that a capture has to agree with to mend the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A store that is made again.
+
+    Attributes:
+        plan: Of it.
+        shard: Gives the columns and the samples of a shard.
+    """
+
+    plan: StorePlan
+    shard: Callable[[int], tuple[dict[str, Array], SampleTable]]
 
 
 def repair(
@@ -37,7 +58,8 @@ def repair(
         path: Folder of the store.
         problems: What verification found.
         mirror: Folder or URL of a copy.
-        config: The capture that made the store, for what no mirror has.
+        config: The capture that made the store, for what no mirror has; of examples with its batch size, which
+            changes what some models say in the last bit.
 
     Raises:
         MismatchError: The copy is another store, or the config is not the one that made this.
@@ -58,52 +80,60 @@ def repair(
 
 
 def _captured(store: Store, config: CaptureConfig, damaged: set[str]) -> Iterator[str]:
-    if config.source is None:
-        raise ConfigError(
-            "A store of examples is not made again in part.", where=str(store.path), hint="Mend it by --mirror."
-        )
-    model = load_teacher(config.teacher)
-    source, tokenizer = open_source(config.source), model.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        samples = prepare(
-            source,
-            tokenizer,
-            config.samples,
-            limits=(model.max_length, model.vocab_size),
-            identity={"tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer)},
-            folder=Path(folder) / "samples",
-        )
-        ranked = any(column.codec == RANKED for column in store.columns.values())
-        # a ranking is a look at the teacher; the store's own fixes its bytes, if it is not what is damaged
-        known = ranked and not any(name.startswith("ranking/") for name in damaged)
-        begun = Begun(store.k, store.ids_by_rank[: store.vocab_size] if known else None)
-        settled, plan = planned(
-            config, model, samples, begun if known or not ranked else None, source.fingerprint, tokenizer
-        )
-        told = plan.as_json()
+        made = _of_examples(config) if config.source is None else _of_text(store, config, damaged, Path(folder))
+        told = made.plan.as_json()
         if wrong := differing({key: store.manifest.part(key) for key in SAME}, {key: told[key] for key in SAME}):
             raise MismatchError(
                 "This is not the capture that made the store: " + "; ".join(wrong[:8]) + ".",
                 where=str(store.path),
                 hint="Use the config, the data and the teacher that it was made with.",
             )
-        for name, data in start_objects(plan):
+        for name, data in start_objects(made.plan):
             if name in damaged and _is_it(store, name, data):
                 yield name
-        rows = RowMaker(settled, model, samples)
+        ranks = np.zeros(0, np.int32) if made.plan.ranking is None else np.argsort(made.plan.ranking).astype(np.int32)
         for index in sorted({_shard_of(name) for name in damaged} - {None}, key=str):
             assert index is not None  # taken out
-            for name, data in _made(plan, rows, index):
+            for name, data in shard_objects(made.plan, ranks, index, *made.shard(index)):
                 if name in damaged and _is_it(store, name, data):
                     yield name
 
 
-def _made(plan: StorePlan, rows: RowMaker, index: int) -> Iterator[tuple[str, bytes]]:
-    shard = plan.shards[index]
-    made = rows.shard(shard.first_sample, shard.samples, lambda positions: None)
-    names, lengths = rows.identities(shard.first_sample, shard.samples)
-    ranks = np.zeros(0, np.int32) if plan.ranking is None else np.argsort(plan.ranking).astype(np.int32)
-    yield from shard_objects(plan, ranks, index, made.columns, SampleTable(names, lengths, made.pooled))
+def _of_examples(config: CaptureConfig) -> _Made:
+    assert config.examples is not None  # the config has looked
+    rows = ExampleRows(config, Examples(config.examples.path), load_classifier(config.teacher))
+    return _Made(rows.plan, rows.shard_of)
+
+
+def _of_text(store: Store, config: CaptureConfig, damaged: set[str], folder: Path) -> _Made:
+    assert config.source is not None  # who calls this has looked
+    model = load_teacher(config.teacher)
+    source, tokenizer = open_source(config.source), model.tokenizer()
+    samples = prepare(
+        source,
+        tokenizer,
+        config.samples,
+        limits=(model.max_length, model.vocab_size),
+        identity={"tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer)},
+        folder=folder / "samples",
+    )
+    ranked = any(column.codec == RANKED for column in store.columns.values())
+    # a ranking is a look at the teacher; the store's own fixes its bytes, if it is not what is damaged
+    known = ranked and not any(name.startswith("ranking/") for name in damaged)
+    begun = Begun(store.k, store.ids_by_rank[: store.vocab_size] if known else None)
+    settled, plan = planned(
+        config, model, samples, begun if known or not ranked else None, source.fingerprint, tokenizer
+    )
+    rows = RowMaker(settled, model, samples)
+
+    def shard(index: int) -> tuple[dict[str, Array], SampleTable]:
+        own = plan.shards[index]
+        made = rows.shard(own.first_sample, own.samples, lambda positions: None)
+        names, lengths = rows.identities(own.first_sample, own.samples)
+        return made.columns, SampleTable(names, lengths, made.pooled)
+
+    return _Made(plan, shard)
 
 
 def _is_it(store: Store, name: str, data: bytes) -> bool:

@@ -25,6 +25,9 @@ from kdcache.train.config import TrainConfig
 MEASURED = ("accuracy", "cross_entropy", "kl", "top1_agreement")
 """Of a student on the held-out store; see `kdcache.train.HeldOut`."""
 
+BY_TEXT = "bits_per_byte"
+"""Measured too where a student has a tokenizer of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -52,7 +55,8 @@ class Table:
     """What was compared.
 
     Attributes:
-        teacher: Accuracy and cross-entropy of the teacher on the held-out store; None where it does not say.
+        teacher: Accuracy and cross-entropy of the teacher on the held-out store; None where it does not say. Where
+            the students have a tokenizer of their own, of the same text: in nats a student token, and bits a byte.
         rows: One a variant, in their order.
         samples: Held out.
         positions: Held out, that count.
@@ -75,20 +79,22 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
+        by_text = [BY_TEXT] if BY_TEXT in self.teacher else []
         head = [
             "",
             "accuracy",
             "cross-entropy, nats",
             "KL to the teacher, nats",
             "same first choice",
+            *(["bits a byte"] if by_text else []),
             "parameters",
             "s",
         ]
         lines = [head, ["---"] * len(head)]
         known = [_number(self.teacher.get(name)) for name in ("accuracy", "cross_entropy")]
-        lines.append(["teacher", *known, "0", "1", "", ""])
+        lines.append(["teacher", *known, "0", "1", *(_number(self.teacher[name]) for name in by_text), "", ""])
         for row in self.rows:
-            values = [_spread(*row.metrics[name]) for name in MEASURED]
+            values = [_spread(*row.metrics[name]) for name in (*MEASURED, *by_text)]
             lines.append([row.name, *values, f"{row.parameters:,}", f"{row.seconds:.0f}"])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -127,14 +133,25 @@ def compare_variants(
     held = {one.data.validation for one in configs.values()}
     if len(held) != 1 or None in held:
         raise ConfigError("All variants are measured on one held-out store.", where="data.validation")
+    if len(own := {one.student.tokenizer is not None for one in configs.values()}) != 1:
+        raise ConfigError(
+            "Some variants have a tokenizer of their own, and others the teacher's: their tokens do not compare.",
+            where="student.tokenizer",
+            hint="Give it to all of them; the teacher's own may be named too.",
+        )
+    names = (*MEASURED, BY_TEXT) if own.pop() else MEASURED
     validation = open_store(str(held.pop()))
+    counted, teacher = teacher_on(validation)
     rows = []
     for name in variants:
         found = []
         for seed in seeds:
             told = None if progress is None else _told(progress, name, seed)
             found.append(train(configs[name, seed], opened, root / folder_of(name) / str(seed), progress=told))
-        values = {one: summary([_value(result.validation, one) for result in found]) for one in MEASURED}
+        if len(names) > len(MEASURED):
+            # of the same text, in tokens of the student
+            teacher = {name: _value(found[0].validation, f"teacher_{name}") for name in ("cross_entropy", BY_TEXT)}
+        values = {one: summary([_value(result.validation, one) for result in found]) for one in names}
         rows.append(
             Row(
                 name=name,
@@ -145,7 +162,6 @@ def compare_variants(
                 tail=found[0].tail,
             )
         )
-    counted, teacher = teacher_on(validation)
     table = Table(teacher, rows, len(validation), counted, opened.digest, validation.digest, machine())
     with storage_errors(root):
         (root / "table.json").write_text(json.dumps(table.as_dict(), indent=2) + "\n")

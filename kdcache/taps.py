@@ -50,11 +50,19 @@ def run(module: Any, inputs: Mapping[str, Tensor], taps: Sequence[str] = ()) -> 
     if asked and not _accepts(module, asked):
         raise ConfigError(f"The model has no {' or '.join(asked)}.", hint="Name a submodule by its path instead.")
     listed = {place for place in places if place.split(".")[0] in LISTS or (place == "final" and own["hidden_states"])}
+    if listed:
+        _require_every_layer(module)
     with _hooked(module, sorted(places - listed)) as seen:
         out = module(**inputs, **asked)
+    if unseen := sorted(places - listed - seen.keys()):
+        raise TeacherError(f"The submodule {unseen[0]!r} was not run.", hint="Name one that every input goes through.")
     found = {**seen, **{place: _of_list(out, place) for place in listed}}
     mask = inputs.get("attention_mask")
-    return logits_of(out), {tap: _taken(found[where], take, mask) for tap, (where, _, take) in wanted.items()}
+    taken = {}
+    for tap, (where, _, take) in wanted.items():
+        weighted = take == "mean" and found[where].ndim == 3
+        taken[tap] = _taken(found[where], take, _mask_of(module, mask, found[where], tap) if weighted else None)
+    return logits_of(out), taken
 
 
 def logits_of(out: Any) -> Tensor:
@@ -89,6 +97,20 @@ def _accepts(module: Any, names: Mapping[str, Any]) -> bool:
     call = module.forward if isinstance(module, nn.Module) else module
     parameters = inspect.signature(call).parameters
     return all(name in parameters for name in names) or any(one.kind == one.VAR_KEYWORD for one in parameters.values())
+
+
+def _require_every_layer(module: Any) -> None:
+    """Refuse a model whose list of layers is shorter in some steps: a number in it would be another layer's."""
+    config = getattr(module, "config", None)
+    if not getattr(module, "training", False) or config is None:
+        return
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            raise ConfigError(
+                "The model leaves layers out at random while it trains, so that their numbers move.",
+                where=name,
+                hint=f"Set {name}: 0 in the model's configuration, or name its layers by their paths in it.",
+            )
 
 
 @contextmanager
@@ -129,6 +151,20 @@ def _of_list(out: Any, place: str) -> Tensor:
     if value is None:
         raise ConfigError("The model computes no attention maps.", hint="Load it with eager attention.")
     return value
+
+
+def _mask_of(module: Any, mask: Tensor | None, value: Tensor, tap: str) -> Tensor | None:
+    """Return the mask of a place's tokens [S, T]: that of the input, or as a model of sound says it for its frames."""
+    if mask is None or mask.shape == value.shape[:2]:
+        return mask
+    shorter = getattr(module, "_get_feature_vector_attention_mask", None)  # of transformers' models of raw sound
+    own: Tensor | None = None if shorter is None else shorter(value.shape[1], mask)
+    if own is None or own.shape != value.shape[:2]:
+        raise ConfigError(
+            f"The mask is of {mask.shape[1]} tokens, and {tap!r} has {value.shape[1]}: which are real is not known.",
+            hint="Keep all tokens, or leave the attention mask out of examples.fields.",
+        )
+    return own
 
 
 def _taken(value: Tensor, take: str, mask: Tensor | None) -> Tensor:

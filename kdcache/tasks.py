@@ -10,8 +10,17 @@ TASKS = {
     "masked-lm": "AutoModelForMaskedLM",
     "image-classification": "AutoModelForImageClassification",
     "audio-classification": "AutoModelForAudioClassification",
+    "ctc": "AutoModelForCTC",
     "encoder": "AutoModel",
 }
+
+VOCABULARIES = ("masked-lm", "ctc")
+"""Tasks whose outputs are a vocabulary."""
+
+
+def outputs_key(task: str | None) -> str:
+    """Return the key of a model's configuration that says how many outputs the head of a task has."""
+    return "vocab_size" if task in VOCABULARIES else "num_labels"
 
 
 def model_class(task: str) -> Any:

@@ -107,6 +107,19 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     return files
 
 
+def kept_tokenizer(files: dict[str, bytes]) -> Any:
+    """Return the transformers tokenizer that a store's files are of.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        AccessError: They do not load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        return load_tokenizer(folder)
+
+
 def decoder(files: dict[str, bytes]) -> Callable[[Sequence[int]], str]:
     """Return a function from ids to text, from the files a store keeps.
 
@@ -121,6 +134,37 @@ def decoder(files: dict[str, bytes]) -> Callable[[Sequence[int]], str]:
         return lambda ids: " ".join(f"<{int(one)}>" for one in ids)
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     return lambda ids: str(tokenizer.decode([int(one) for one in ids], skip_special_tokens=False))
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """Return the bytes that each id of a vocabulary of `V` stands for [V].
+
+    Special and added tokens stand for their own text. What is not byte-level, with `▁` for a space or with `<0x0A>` for
+    a byte stands for its own characters.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    added = {int(one) for one in getattr(tokenizer, "added_tokens_decoder", {})}
+    alphabet = _byte_alphabet()
+    spaces = any(str(one).startswith("▁") for one in pieces)
+    found = []
+    for number, piece in enumerate(pieces):
+        text = "" if piece is None else str(piece)
+        if number in added:
+            found.append(text.encode())
+        elif not spaces and all(one in alphabet for one in text):
+            found.append(bytes(alphabet[one] for one in text))
+        elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            found.append(bytes([int(text[3:5], 16)]))
+        else:
+            found.append(text.replace("▁", " ").encode())
+    return found
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of every character of byte-level vocabularies: printable ones are themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [one for one in range(256) if one not in printable]
+    return {chr(one): one for one in printable} | {chr(256 + place): one for place, one in enumerate(others)}
 
 
 def files_digest(files: dict[str, bytes]) -> str:

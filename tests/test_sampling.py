@@ -18,6 +18,7 @@ from kdcache.stream import Loader, SamplingConfig, StreamConfig, sample_order
 from kdcache.stream.sampling import drawn_counts, sample_weights
 from kdcache.train import train
 from tests import tiny
+from tests.killed import killed_at
 from tests.train.test_train import config_of, losses
 
 
@@ -103,15 +104,7 @@ def test_training_goes_on_exactly_and_another_sampling_is_refused(captured: Path
     run = {"steps": 6, "device": "cpu", "checkpoint_every": 1}
     train(config_of(data=data, run=run), captured, tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    def die(state: Any) -> None:
-        if state.step == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(config_of(data=data, run=run), captured, tmp_path / "killed", progress=die)
+    killed_at(3, config_of(data=data, run=run), captured, tmp_path / "killed")
     train(config_of(data=data, run=run), captured, tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     state = Loader(captured, StreamConfig(sampling=SamplingConfig(by="entropy"))).state_dict()

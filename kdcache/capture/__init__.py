@@ -1,23 +1,28 @@
 """Stage 1: run the teacher once over a source and write what it knew, resumable by shard."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from kdcache.capture.answers import ExampleRows
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.examples import capture_examples
 from kdcache.capture.keep import columns_of, output_head_of
+from kdcache.capture.price import CapturePlan, Extent, priced
 from kdcache.capture.result import CaptureProgress, CaptureResult, SamplesProgress, result_of
 from kdcache.capture.run import WORK, Run
 from kdcache.capture.survey import MOST, entries_within, survey
-from kdcache.capture.told import capture_told, require_tellable, told_result
-from kdcache.classifiers import Classifier
+from kdcache.capture.told import capture_told, require_tellable, told_columns, told_result
+from kdcache.classifiers import Classifier, load_classifier
 from kdcache.errors import MismatchError
+from kdcache.examples import Examples
 from kdcache.samples import SampleSet, prepare
-from kdcache.sources import open_source
-from kdcache.store import Begun, StorePlan, StoreWriter, open_store, plan_shards
+from kdcache.sources import Source, open_source
+from kdcache.store import Begun, Column, StorePlan, StoreWriter, open_store, plan_shards
 from kdcache.store.commit import clear
 from kdcache.store.disk import storage_errors
 from kdcache.store.manifest import FILE
@@ -30,7 +35,7 @@ def capture(
     config: CaptureConfig,
     out: Path | str,
     *,
-    progress: Callable[[CaptureProgress | SamplesProgress], None] | None = None,
+    progress: Callable[[CaptureProgress | SamplesProgress | CapturePlan], None] | None = None,
     teacher: Teacher | None = None,
     classifier: Classifier | None = None,
 ) -> CaptureResult:
@@ -39,7 +44,8 @@ def capture(
     Args:
         config: What to run and what to keep.
         out: Folder of the store.
-        progress: Called after every batch of documents, then of positions.
+        progress: Called after every batch of documents, with what the store will take, then after every batch of
+            positions.
         teacher: A teacher to use in place of `config.teacher`.
         classifier: The same where the config names examples.
 
@@ -74,15 +80,7 @@ def capture(
             finished = told_result if isinstance(model, BlackBox) else result_of
             return finished(store, already_complete=True)
     with storage_errors(root):
-        samples = prepare(
-            source,
-            tokenizer,
-            config.samples,
-            limits=(model.max_length, model.vocab_size),
-            identity={"tokenizer": identity},
-            folder=root / WORK,
-            progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
-        )
+        samples = _samples(config, model, source, tokenizer, root / WORK, progress)
     if isinstance(model, BlackBox):
         about = {"source": {"source": source.fingerprint, "samples": samples.digest}, "capture": _settings(config)}
         return capture_told(config, root, model, samples, about, progress)
@@ -96,7 +94,80 @@ def capture(
             # another process may have begun the store while this one looked at the teacher, and seen a little else
             if begun is not None or (begun := StoreWriter.begun(root)) is None:
                 raise
-    return Run(settled, model, samples, writer, progress).run()
+    price = _priced(settled, model, plan.columns, Extent.of(plan))
+    if progress is not None:
+        progress(price)
+    return replace(Run(settled, model, samples, writer, progress).run(), plan=price)
+
+
+def plan_capture(
+    config: CaptureConfig,
+    *,
+    progress: Callable[[SamplesProgress], None] | None = None,
+    teacher: Teacher | None = None,
+    classifier: Classifier | None = None,
+) -> CapturePlan:
+    """Return what a capture would keep and what that takes; nothing is written where a store would be.
+
+    The teacher is loaded. It is run over two examples, or over a few samples of text where a budget has to buy k. A
+    black box is not asked: k is then what it may tell at most.
+
+    Args:
+        config: The capture.
+        progress: Called after every batch of documents.
+        teacher: A teacher to use in place of `config.teacher`.
+        classifier: The same where the config names examples.
+
+    Raises:
+        As `capture`.
+    """
+    if config.examples is not None:
+        return ExampleRows(config, Examples(config.examples.path), classifier or load_classifier(config.teacher)).price
+    assert config.source is not None  # the config has looked
+    model = teacher or load_teacher(config.teacher)
+    with TemporaryDirectory() as folder:
+        samples = _samples(config, model, open_source(config.source), model.tokenizer(), Path(folder) / WORK, progress)
+        shards = sum(1 for _ in plan_shards(samples.lengths - 1, config.store.shard_positions))
+        room = shards * config.store.shard_positions
+        extent = Extent(len(samples), samples.num_positions, shards, room)
+        if isinstance(model, BlackBox):
+            require_tellable(config.targets)
+            columns = told_columns(config, model.vocab_size, config.targets.k)
+        else:
+            if config.targets.bytes_per_position is not None:
+                config, _ = _looked(config, model, samples, None)
+            columns = columns_of(config, model)
+        return _priced(config, model, columns, extent)
+
+
+def _samples(
+    config: CaptureConfig,
+    model: Teacher,
+    source: Source,
+    tokenizer: Any,
+    folder: Path,
+    progress: Callable[[SamplesProgress], None] | None,
+) -> SampleSet:
+    return prepare(
+        source,
+        tokenizer,
+        config.samples,
+        limits=(model.max_length, model.vocab_size),
+        identity={"tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer)},
+        folder=folder,
+        progress=None if progress is None else lambda done, total: progress(SamplesProgress(done, total)),
+    )
+
+
+def _priced(config: CaptureConfig, model: Teacher, columns: Sequence[Column], extent: Extent) -> CapturePlan:
+    return priced(
+        columns,
+        extent,
+        vocab_size=model.vocab_size,
+        k=config.targets.k,
+        pooled={one.layer: model.hidden_width(one.layer) for one in config.targets.hidden if one.keep == "pooled"},
+        head_width=model.hidden_width("final") if config.targets.exact else None,
+    )
 
 
 def planned(
@@ -173,4 +244,13 @@ def _settings(config: CaptureConfig) -> dict[str, Any]:
     }
 
 
-__all__ = ["CaptureProgress", "CaptureResult", "SamplesProgress", "capture", "plan_shards", "planned"]
+__all__ = [
+    "CapturePlan",
+    "CaptureProgress",
+    "CaptureResult",
+    "SamplesProgress",
+    "capture",
+    "plan_capture",
+    "plan_shards",
+    "planned",
+]

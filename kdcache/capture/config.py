@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdcache.augment import AugmentConfig
+from kdcache.augment import Views
 from kdcache.config import Section
 from kdcache.samples import SamplesConfig
 from kdcache.sources import SourceConfig
@@ -110,14 +110,15 @@ class ExamplesConfig(Section):
         fields: Parameter of the model to field; default: every field but the label, by its own name.
         batch_size: Samples of a forward pass.
         features: Kept of every sample.
-        augment: Views of an image field; default: the examples as they are.
+        augment: Views of each sample, of a kind: image, tokens or copies; see kdcache/augment. Default: the examples as
+            they are.
     """
 
     path: str
     fields: dict[str, str] = Field(default_factory=dict)
     batch_size: int = Field(default=64, ge=1)
     features: tuple[FeatureConfig, ...] = ()
-    augment: AugmentConfig | None = None
+    augment: Views | None = None
 
 
 class CaptureConfig(Section):

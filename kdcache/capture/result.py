@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kdcache.capture.price import CapturePlan
 from kdcache.process import peak_memory_bytes
 from kdcache.store import Store
 
@@ -59,6 +60,7 @@ class CaptureResult:
         memory_retries: Batches that were halved for want of memory.
         positions_wasted: Of those that this run made, how many another process had committed first.
         skipped: Documents and samples left out, and rows masked, by reason.
+        plan: What was said before the teacher ran; None where nothing had to be done.
     """
 
     digest: str
@@ -75,6 +77,7 @@ class CaptureResult:
     memory_retries: int = 0
     positions_wasted: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    plan: CapturePlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""

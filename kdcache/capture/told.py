@@ -19,12 +19,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdcache.capture.config import CaptureConfig, TargetsConfig
+from kdcache.capture.price import CapturePlan, Extent, priced
 from kdcache.capture.result import CaptureProgress, CaptureResult, result_of
 from kdcache.capture.run import WORK
 from kdcache.errors import ConfigError, CorruptObjectError, Interrupted, MismatchError, SourceError, TeacherError
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.samples import SampleSet
-from kdcache.store import Kept, SampleTable, Store, StorePlan, StoreWriter, open_store, plan_shards, standard_columns
+from kdcache.store import (
+    Column,
+    Kept,
+    SampleTable,
+    Store,
+    StorePlan,
+    StoreWriter,
+    open_store,
+    plan_shards,
+    standard_columns,
+)
 from kdcache.store.filling import write_shards
 from kdcache.store.told import Told, columns_of, entries
 from kdcache.teachers import BlackBox, Candidates, Teacher
@@ -63,7 +74,7 @@ def capture_told(
     teacher: Telling,
     samples: SampleSet,
     about: dict[str, dict[str, Any]],
-    progress: Callable[[CaptureProgress], None] | None = None,
+    progress: Callable[[CaptureProgress | CapturePlan], None] | None = None,
 ) -> CaptureResult:
     """Ask a black box about all samples and write a store of partial targets; go on with one that was begun.
 
@@ -75,7 +86,7 @@ def capture_told(
         teacher: Which tells.
         samples: All samples.
         about: What the plan says of `source` and `capture`.
-        progress: Called after every run of samples.
+        progress: Called before the first and after every run of samples.
 
     Raises:
         MismatchError: The folder holds a store of other settings.
@@ -85,7 +96,10 @@ def capture_told(
     with stop_signals() as stopped:
         asking = _Asking(config, root, teacher, samples, stopped)
         writer = _writer(root, lambda k: _plan(config, teacher, samples, about, k), asking)
-        return _Capture(asking, writer, progress).run()
+        price = priced(writer.plan.columns, Extent.of(writer.plan), vocab_size=writer.plan.vocab_size, k=writer.plan.k)
+        if progress is not None:
+            progress(price)
+        return replace(_Capture(asking, writer, progress).run(), plan=price)
 
 
 class _Asking:
@@ -244,15 +258,21 @@ def _writer(root: Path, plan: Callable[[int], StorePlan], asking: _Asking) -> St
     return StoreWriter.open(root, plan(begun.k))
 
 
+def told_columns(config: CaptureConfig, vocab_size: int, k: int) -> tuple[Column, ...]:
+    """Return the columns of a black box's store with k entries."""
+    # what is told is rounded already: it is kept to the last bit
+    raw = config.store.preset == "raw"
+    kept = Kept("float32", compressed=False) if raw else Kept("bits", {"kind": "float32"})
+    return standard_columns(k=k, vocab_size=vocab_size, kept=replace(kept, any_temperature=False))
+
+
 def _plan(
     config: CaptureConfig, teacher: Telling, samples: SampleSet, about: dict[str, dict[str, Any]], k: int
 ) -> StorePlan:
-    tokenizer, raw = teacher.tokenizer(), config.store.preset == "raw"
-    # what is told is rounded already: it is kept to the last bit
-    kept = Kept("float32", compressed=False) if raw else Kept("bits", {"kind": "float32"})
+    tokenizer = teacher.tokenizer()
     return StorePlan(
         kind="causal_lm",
-        columns=standard_columns(k=k, vocab_size=teacher.vocab_size, kept=replace(kept, any_temperature=False)),
+        columns=told_columns(config, teacher.vocab_size, k),
         shard_rows=config.store.shard_positions,
         chunk_rows=min(config.store.chunk_positions, config.store.shard_positions),
         vocab_size=teacher.vocab_size,

@@ -53,6 +53,8 @@ class Classifier(Protocol):
 def load_classifier(config: TeacherConfig) -> Classifier:
     """Return the classifier that a config names: `module` for `module:attribute`, `onnx` for a file, else transformers.
 
+    Other kinds are named by `teacher.kind`.
+
     Raises:
         ConfigError: No such kind or device.
         AccessError: The model is not there or does not load.

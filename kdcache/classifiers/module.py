@@ -1,6 +1,7 @@
 """`module`: any nn.Module or function by `module:attribute`; `module:attribute()` calls it first.
 
-Called with the inputs by name, as tensors on its device; uint8 stays uint8, other whole numbers become int64.
+Called with the inputs by name, as tensors on its device: floats in the dtype of its weights, uint8 as it is, other
+whole numbers as int64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,13 @@ class ModuleClassifier:
         self._config = config
         self._device = choose_device(config.device)
         self._module: Any = module or find(config.model)
+        self._floats: torch.dtype | None = None
         if isinstance(self._module, torch.nn.Module):
             self._module = self._module.to(self._device).eval().requires_grad_(False)
             if config.dtype != "auto":
                 self._module = self._module.to(getattr(torch, config.dtype))
+            dtypes = (one.dtype for one in self._module.parameters() if one.is_floating_point())
+            self._floats = next(dtypes, None)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -44,7 +48,7 @@ class ModuleClassifier:
     @torch.inference_mode()
     def forward(self, inputs: Mapping[str, Array], taps: Sequence[str] = ()) -> Answer:
         """Return the answers for some samples."""
-        tensors = {name: upload(torch.from_numpy(as_tensor(one)), self._device) for name, one in inputs.items()}
+        tensors = {name: self._given(one) for name, one in inputs.items()}
         try:
             return Answer(*run(self._module, tensors, taps))
         except (torch.OutOfMemoryError, MemoryError, ConfigError, TeacherError):
@@ -53,6 +57,10 @@ class ModuleClassifier:
             raise TeacherError(
                 f"The model failed: {type(error).__name__}: {error}.", where=self._config.model
             ) from error
+
+    def _given(self, values: Array) -> torch.Tensor:
+        tensor = upload(torch.from_numpy(as_tensor(values)), self._device)
+        return tensor.to(self._floats) if self._floats is not None and tensor.is_floating_point() else tensor
 
 
 plugin = ModuleClassifier

@@ -15,18 +15,23 @@ def capture(
         float | None,
         typer.Option(help="Keep as many logits as fit (hidden features and draws not counted), in place of targets.k."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be kept and what each column takes; write nothing.")
+    ] = False,
     set_: Set = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the teacher once over a source and write what it knew to a store.
 
-    Killed at any moment, the same command goes on from the last finished shard; finished, it does nothing.
+    What each column takes is said before the teacher runs. Killed at any moment, the same command goes on from the
+    last finished shard; finished, it does nothing.
 
     Example: kdcache capture capture.yaml --out stores/wiki --set targets.k=128
     """
     from kdcache import display
     from kdcache.capture import capture as run
+    from kdcache.capture import plan_capture
     from kdcache.capture.config import CaptureConfig
     from kdcache.config import load_config
 
@@ -35,8 +40,14 @@ def capture(
         overrides.append(f"targets.bytes_per_position={bytes_per_position}")
     settings = load_config(CaptureConfig, config, overrides)
     with display.capture_progress(quiet=quiet) as progress:
-        result = run(settings, out, progress=progress)
-    print_result(result.as_dict(), as_json, display.capture_result)
+        if dry_run:
+            plan = plan_capture(settings, progress=progress)
+        else:
+            result = run(settings, out, progress=progress)
+    if dry_run:
+        print_result(plan.as_dict(), as_json, display.capture_plan)
+    else:
+        print_result(result.as_dict(), as_json, display.capture_result)
 
 
 def generate(
@@ -184,12 +195,23 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors, onnx or int8.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of what is written.")],
     store: Annotated[
-        str | None, typer.Option("--store", help="Held-out store to measure quality on, before and after.")
+        str | None,
+        typer.Option(
+            "--store",
+            help="Held-out store to measure quality on, before and after; default: of a classifier the run's.",
+        ),
     ] = None,
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="Inputs of a classifier's store; default: the run's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch of that store.")] = 8,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a student for others to run, compared with torch, and say what it gained and lost in size, speed, quality.
+
+    Language models are compared on random ids, classifiers on their held-out examples. Batches of any size go in, and
+    sequences of any length.
 
     Example: kdcache export runs/student --to int8 --out student-int8 --store stores/held-out
     """
@@ -197,7 +219,7 @@ def export(
     from kdcache.export import export as run
 
     with display.count_progress("samples", quiet=quiet) as progress:
-        result = run(student, out, to, store=store, progress=progress)
+        result = run(student, out, to, store=store, examples=examples, batch_size=batch_size, progress=progress)
     print_result(result.as_dict(), as_json, display.export_result)
 
 

@@ -39,32 +39,48 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option(help="Also compare rows with this live model (folder, hub name, GGUF).")
     ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Inputs of a classifier's store, for --teacher; default: those of --config.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Positions to compare with the live teacher.")] = 256,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what is damaged, by --mirror or --config.")] = False,
     mirror: Annotated[str | None, typer.Option(help="Folder or URL of a copy that damaged objects come from.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Config of the capture: damaged shards are made again.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Config of the capture: its teacher is compared with; with --repair it makes shards again."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Check every digest and row count of a store, and optionally its rows against the live teacher.
 
+    Example: kdcache verify stores/images --config capture.yaml
+
     Example: kdcache verify stores/wiki --repair --mirror s3://bucket/wiki
     """
+    from functools import partial
+
     from kdcache import display
     from kdcache.verify import verify as run
 
     if repair and mirror is None and config is None:
         raise ConfigError("There is nothing to repair it with.", where="--repair", hint="Give --mirror or --config.")
+    settings = None
+    if config is not None:
+        from kdcache.capture.config import CaptureConfig
+        from kdcache.config import load_config
+
+        settings = load_config(CaptureConfig, config)
+    live = teacher or (None if settings is None or repair else settings.teacher)
+    inputs = examples or (settings.examples.path if settings is not None and settings.examples is not None else None)
     with display.count_progress("objects", quiet=quiet) as progress:
-        report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
+        looked = partial(run, store, quick=quick, teacher=live, examples=inputs, rows=rows, progress=progress)
+        report = looked()
         if repair and report.problems:
-            from kdcache.capture.config import CaptureConfig
-            from kdcache.config import load_config
             from kdcache.repair import repair as mend
 
-            settings = None if config is None else load_config(CaptureConfig, config)
             mend(store, report.problems, mirror=mirror, config=settings)
-            report = run(store, quick=quick, teacher=teacher, rows=rows, progress=progress)
+            report = looked()
     print_result(report.as_dict(), as_json, display.verify_report)
     if report.problems:
         raise typer.Exit(3)

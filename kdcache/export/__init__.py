@@ -4,12 +4,14 @@
     onnx         one graph, compared with torch in onnxruntime
     int8         the same graph in 8 bits
 
+What is known of inputs and of quality is in a student's trial (`trial.py`): formats ask for no kind of student.
 Projectors are no part of a student: they are what its features are compared through in training.
 """
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from pydantic import TypeAdapter
 from kdcache import registry
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.export.finished import Finished, load_finished
-from kdcache.export.measure import SPEED_SHAPES, latencies, quality
-from kdcache.export.result import ExportResult, File, Quality, Speed
+from kdcache.export.measure import latencies
+from kdcache.export.result import ExportResult, File, Quality, losses
 from kdcache.export.written import Format, Written
 from kdcache.fingerprint import digest_file
 from kdcache.store import Store, open_store
@@ -41,6 +43,7 @@ def export(
     name: str,
     *,
     store: Store | Path | str | None = None,
+    examples: Path | str | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -52,26 +55,28 @@ def export(
         student: The run's --out folder, or any folder with a transformers causal language model.
         out: Folder of what is written.
         name: Of the format.
-        store: A held-out store to measure quality on, before and after.
+        store: A held-out store to measure quality on, before and after; default: of a student of examples the run's,
+            else none.
+        examples: Folder of the inputs of a classifier's store; default: the run's.
         batch_size: Samples a batch of that.
         progress: Called with samples measured and all.
 
     Raises:
-        ConfigError: There is no such format, or a package is missing.
-        SourceError: There is no such student.
+        ConfigError: There is no such format, a package is missing, or nothing says what a student of examples is given.
+        SourceError: There is no such student, or there are no such examples.
         MismatchError: What was written does not say what the student says, the store is of another vocabulary or
-            tokenizer, or the folder holds something else.
+            tokenizer, the examples are others, or the folder holds something else.
         UnsupportedError: The format cannot hold the student.
         AccessError: The student does not load, or the folder cannot be written.
     """
     form = find(name)
     opened = store if isinstance(store, Store) or store is None else open_store(store)
     root = Path(out)
-    finished = load_finished(Path(student), opened)
+    finished = load_finished(Path(student), opened, examples=examples, batch_size=batch_size)
     identity = {
         "format": name,
         "student": finished.digest,
-        "store": None if opened is None else opened.digest,
+        "store": None if finished.store is None else finished.store.digest,
     }
     if (recorded := _recorded(root, identity)) is not None:
         return recorded
@@ -85,7 +90,7 @@ def export(
         model_bytes = sum(path.stat().st_size for path in _files(stage))
         for path in finished.tokenizer_files:
             shutil.copyfile(path, stage / path.name)
-        result = _measured(finished, written, stage, (name, model_bytes), (opened, batch_size), progress)
+        result = _measured(finished, written, stage, (name, model_bytes), progress)
         with storage_errors(root):
             document = {"identity": identity, "result": result.as_dict()}
             (stage / RECORD).write_text(json.dumps(document, indent=2))
@@ -111,30 +116,20 @@ def find(name: str) -> Format:
 
 
 def _measured(
-    student: Finished,
-    written: Written,
-    stage: Path,
-    model: tuple[str, int],
-    held_out: tuple[Store | None, int],
-    progress: Progress | None,
+    student: Finished, written: Written, stage: Path, model: tuple[str, int], progress: Progress | None
 ) -> ExportResult:
-    opened, batch_size = held_out
-    speeds = []
-    for samples, most in SPEED_SHAPES:
-        shape: dict[str, int] = {"samples": samples, "tokens": min(most, student.longest)}
-        before, after = latencies((student.logits, written.run), **shape, vocab_size=student.vocab_size)
-        speeds.append(Speed(**shape, before=before, after=after))
+    trial, held_out = student.trial, student.store
     qualities: list[Quality | None] = [None, None]
-    if opened is not None:
-        count = len(opened)
-        for side, run in enumerate((student.logits, written.run)):
+    if trial.quality is not None and held_out is not None:
+        count = len(held_out)
+        for side, run in enumerate((student.run, written.run)):
 
             def show(done: int, before: int = side * count) -> None:
                 if progress is not None:
                     progress(before + done, 2 * count)
 
-            qualities[side] = quality(run, opened, batch_size=batch_size, progress=show)
-    return ExportResult(
+            qualities[side] = trial.quality(run, show)
+    result = ExportResult(
         format=model[0],
         made_by=written.made_by,
         files=[File(path.name, path.stat().st_size, digest_file(path)) for path in _files(stage)],
@@ -142,13 +137,14 @@ def _measured(
         student_bytes=sum(path.stat().st_size for path in student.weights),
         parameters=sum(one.numel() for one in student.model.parameters()),
         parity=written.parity,
-        speeds=speeds,
+        speeds=[latencies(student.run, written.run, inputs) for inputs in trial.timed],
         threads=torch.get_num_threads(),
         quality_before=qualities[0],
         quality_after=qualities[1],
-        store_digest=None if opened is None else opened.digest,
+        store_digest=None if held_out is None else held_out.digest,
         notes=list(written.notes),
     )
+    return replace(result, notes=[*result.notes, *losses(result)])
 
 
 def _recorded(root: Path, identity: dict[str, Any]) -> ExportResult | None:

@@ -1,7 +1,8 @@
-"""The student as one ONNX graph: inputs input_ids and attention_mask int64 [S, T], output logits float32 [S, T, V].
+"""The student as one ONNX graph: its inputs by name, and the output logits float32 [S, T, C] or [S, C].
 
-S and T are free. torch's exporter of whole programs is tried first; where a model's code is beyond it, the older one
-that records one forward pass, whose graph is only trusted because it is then compared on other shapes.
+S is free, and so is T of sequences. torch's exporter of whole programs is tried first; where a model's code is beyond
+it, the older one that records one forward pass, whose graph is only trusted because it is then compared on other
+shapes.
 """
 
 import contextlib
@@ -16,13 +17,11 @@ from torch import Tensor
 
 from kdcache.errors import MismatchError, UnsupportedError
 from kdcache.export.finished import Finished
-from kdcache.export.measure import compare, inputs
+from kdcache.export.measure import compare
 from kdcache.export.session import load_onnxruntime, open_session
 from kdcache.export.written import Written
 
 GRAPH = "model.onnx"
-
-NAMES, AXES = ["input_ids", "attention_mask"], {0: "batch", 1: "sequence"}
 
 TOLERANCE = 1e-4
 """Of logits, for each unit of their magnitude: float32 sums in another order differ by about 1e-6."""
@@ -30,10 +29,8 @@ TOLERANCE = 1e-4
 LARGE = 1_800_000_000
 """Bytes of weights above which they go to a file beside the graph: protobuf ends at 2 GiB."""
 
-EXAMPLE = (2, 16)
-
 TRACED_OPSET = 17
-"""The newest with all that language models use that the older exporter writes without gaps."""
+"""The newest with all that transformers use that the older exporter writes without gaps."""
 
 
 def plugin(student: Finished, folder: Path) -> Written:
@@ -79,9 +76,10 @@ def _whole_program(student: Finished, path: Path) -> None:
         student.plain,
         _example(student),
         str(path),
-        input_names=NAMES,
+        input_names=list(student.trial.names),
         output_names=["logits"],
-        dynamic_shapes=dict.fromkeys(NAMES, AXES),
+        # one entry, of all that the forward pass takes by position
+        dynamic_shapes=(tuple(dict(student.trial.axes[name]) for name in student.trial.names),),
         external_data=is_large(student),
         dynamo=True,
         verbose=False,
@@ -89,13 +87,16 @@ def _whole_program(student: Finished, path: Path) -> None:
 
 
 def _one_pass(student: Finished, path: Path) -> None:
+    trial = student.trial
+    answers = student.run(trial.traced).ndim
+    free = {number: name for axes in trial.axes.values() for number, name in axes.items() if number < answers - 1}
     torch.onnx.export(
         student.plain,
         _example(student),
         str(path),
-        input_names=NAMES,
+        input_names=list(trial.names),
         output_names=["logits"],
-        dynamic_axes=dict.fromkeys([*NAMES, "logits"], AXES),
+        dynamic_axes={**{name: dict(axes) for name, axes in trial.axes.items()}, "logits": free},
         opset_version=TRACED_OPSET,
         dynamo=False,
     )
@@ -108,9 +109,7 @@ WAYS: dict[str, Callable[[Finished, Path], None]] = {
 
 
 def _example(student: Finished) -> tuple[Tensor, ...]:
-    samples, tokens = EXAMPLE
-    pair = inputs(samples, min(tokens, student.longest), student.vocab_size, 0)
-    return tuple(torch.from_numpy(one) for one in pair)
+    return tuple(torch.from_numpy(one) for one in student.trial.traced.values())
 
 
 def is_large(student: Finished) -> bool:

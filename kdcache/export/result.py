@@ -15,20 +15,20 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far the logits are from the student's in torch, in float32, on random inputs.
+    """How far the logits are from the student's in torch, in float32: on random ids, or on examples.
 
     Attributes:
         largest_difference: Of any logit at any real position.
         largest_logit: Of the student, in magnitude.
         tolerance: Largest difference that is accepted for each unit of max(1, largest logit); None where the difference
             is meant, as of a model in 8 bits.
-        shapes: Samples and tokens of the inputs.
+        shapes: Of the first input of each batch, samples first.
     """
 
     largest_difference: float
     largest_logit: float
     tolerance: float | None
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,17 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Latencies on inputs of one shape, on this machine's CPU."""
+    """Latencies of one batch, on this machine's CPU.
 
-    samples: int
-    tokens: int
+    Attributes:
+        input: Name of the first input.
+        shape: Its shape, samples first.
+        before: Of the student in torch.
+        after: Of what was written.
+    """
+
+    input: str
+    shape: tuple[int, ...]
     before: Latency
     after: Latency
 
@@ -56,16 +63,15 @@ class Quality:
     """Held-out measurements over the positions whose label counts.
 
     Attributes:
-        cross_entropy: In nats a position.
-        perplexity: exp of it.
-        top1_agreement: Share of positions where the teacher's first id is first.
         positions: Counted.
+        scores: Name to value, as `kdcache eval` names them. Language models: cross_entropy, perplexity, kl,
+            top1_agreement, accuracy, and bits_per_byte of one with a tokenizer of its own. Classes: these without
+            perplexity, F1 and calibration; of a store without labels kl and top1_agreement alone. Values: errors and
+            correlation, and those against the teacher.
     """
 
-    cross_entropy: float
-    perplexity: float
-    top1_agreement: float
     positions: int
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +113,33 @@ class ExportResult:
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
         return asdict(self)
+
+
+LARGER = 1.1
+"""Times the student's weights: a graph and a configuration are written beside them."""
+
+HIGHER_IS_BETTER = ("accuracy", "top1_agreement", "pearson", "imitation_pearson")
+
+WORSE = 0.005
+"""Loss of such a score that is told of."""
+
+
+def losses(result: ExportResult) -> list[str]:
+    """Return in sentences what became worse: a smaller dtype need not be smaller, faster or as good."""
+    told = []
+    if result.model_bytes > LARGER * result.student_bytes:
+        times = result.model_bytes / result.student_bytes
+        told.append(f"The files are larger than the student's weights: {times:.2f}x.")
+    for one in result.speeds:
+        # further apart than other work on the machine makes them
+        if one.after.low_ms > one.before.high_ms:
+            ratio = one.after.median_ms / one.before.median_ms
+            told.append(f"It is slower on {' x '.join(map(str, one.shape))} {one.input}: {ratio:.2f}x the time.")
+    if result.quality_before is not None and result.quality_after is not None:
+        before, after = result.quality_before.scores, result.quality_after.scores
+        told += [
+            f"It is worse: {name} {after[name]:.4f}, before {before[name]:.4f}."
+            for name in HIGHER_IS_BETTER
+            if name in before and after[name] < before[name] - WORSE
+        ]
+    return told

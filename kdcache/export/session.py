@@ -1,4 +1,4 @@
-"""onnxruntime: a graph on disk as a function from token ids to logits."""
+"""onnxruntime: a graph on disk as a function from inputs to logits."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.errors import ConfigError
-from kdcache.export.finished import Logits
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.export.trial import Inputs, Run
 
 ONLY_FATAL = 4
 """onnxruntime's log level; what goes wrong is raised as well."""
 
 
-def open_session(path: Path) -> Logits:
+def open_session(path: Path) -> Run:
     """Return a graph's forward pass on the CPU, with as many threads as torch uses.
+
+    The pass raises MismatchError where its logits are of another size than the graph says that they are: exporters
+    write down a length that they have seen, and who reads the graph believes it.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -25,12 +28,14 @@ def open_session(path: Path) -> Logits:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ONLY_FATAL
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    taken = {one.name for one in session.get_inputs()}
+    # a student that ignores its mask has a graph without one
+    taken = [one.name for one in session.get_inputs()]
+    declared = next(one.shape for one in session.get_outputs() if one.name == "logits")
 
-    def run(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        # a student that ignores its mask has a graph without one
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        out: NDArray[np.float32] = session.run(["logits"], {name: given[name] for name in given if name in taken})[0]
+    def run(inputs: Inputs) -> NDArray[np.float32]:
+        out: NDArray[np.float32] = session.run(["logits"], {name: inputs[name] for name in taken})[0]
+        if any(isinstance(said, int) and said != size for said, size in zip(declared, out.shape, strict=False)):
+            raise MismatchError(f"The graph says that it gives {declared}, and gives {list(out.shape)}.")
         return out
 
     return run

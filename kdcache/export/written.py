@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kdcache.export.finished import Finished, Logits
+from kdcache.export.finished import Finished
 from kdcache.export.result import Parity
+from kdcache.export.trial import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Written:
     """
 
     made_by: str
-    run: Logits
+    run: Run
     parity: Parity
     notes: tuple[str, ...] = ()
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.errors import AccessError, ConfigError, TeacherError, TeacherMemoryError
+from kdcache.errors import ConfigError, TeacherError, TeacherMemoryError
 from kdcache.generate.config import AskConfig
 from kdcache.generate.draw import KeyedDraw
 from kdcache.generate.prompts import Prompt
 from kdcache.teachers import TeacherConfig, choose_device, load_teacher
-from kdcache.teachers.gguf import convert, find_gguf
 from kdcache.teachers.transformers import TransformersTeacher
 
 MARGIN = 8
@@ -62,11 +61,11 @@ class Asker:
                 hint="Give a folder with config.json and safetensors, a hub name, or a GGUF file.",
             )
         self._config = config
-        self._model_config = model
+        self._teacher = teacher
         self._device = choose_device(model.device)
         self.fingerprint = teacher.fingerprint
         self.tokenizer = teacher.tokenizer()
-        self._dtype, self._context = teacher.dtype, teacher.max_length
+        self._context = teacher.max_length
 
     def ask(self, prompts: Sequence[Prompt], done: Callable[[int], None] | None = None) -> list[Answer | None]:
         """Return the answers to some prompts, in their order; None where prompt and answer exceed the context.
@@ -177,28 +176,13 @@ class Asker:
     @cached_property
     def _loaded(self) -> tuple[Any, tuple[int, ...]]:
         """The model, and the ids that end its answers by everyone who knows some."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        config = self._model_config
-        file = find_gguf(config.model, config.gguf_file)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(convert(file)) if file else config.model,
-                dtype=self._dtype,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-            )
-        except Exception as error:
-            raise AccessError(
-                f"The model does not load: {str(error).splitlines()[0]}",
-                where=config.model,
-                hint="It must be a causal language model with safetensors weights.",
-            ) from error
+        model = self._teacher.model
         text = model.config.get_text_config()
         known = [getattr(model.generation_config, "eos_token_id", None), text.eos_token_id, self.tokenizer.eos_token_id]
         flat = [one for ids in known for one in (ids if isinstance(ids, list | tuple) else [ids]) if one is not None]
         # a checkpoint's own habits (sampling, penalties) would fill every key that is left open
         model.generation_config = GenerationConfig()
-        text.use_cache = True
-        return model.to(self._device).eval().requires_grad_(False), tuple(sorted({int(one) for one in flat}))
+        text.use_cache = True  # this teacher answers, and captures nothing
+        return model, tuple(sorted({int(one) for one in flat}))

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from kdcache.store.objects import write_object
 from kdcache.sweep.draw import load_optuna, next_point
 from kdcache.sweep.result import SweepProgress, SweepResult, Trial
 from kdcache.sweep.space import TEMPERATURE, Axis, SweepConfig, default_space, held_at_one, placed, require_fit
+from kdcache.tokenizer import load_tokenizer
 from kdcache.train import METRICS, TrainConfig, TrainProgress, TrainResult, held_out, train
+from kdcache.train.spans import held_out_by_text
 from kdcache.train.student import load_student
 
 IDENTITY, TRIALS, POINT = "sweep.json", "trials.jsonl", "point.json"
@@ -153,8 +156,12 @@ def _value(config: TrainConfig, folder: Path, result: TrainResult) -> float:
     held = open_store(str(config.data.validation))
     device = "cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu"
     task = None if held.manifest.kind == "causal_lm" else config.student.task or "sequence-classification"
-    student = load_student(folder, config.student.factory, held.vocab_size, task).to(device)
-    measured = held_out(student, held, batch_size=config.data.batch_size, device=device, data=config.data)
+    speaks = None if config.student.tokenizer is None else load_tokenizer(str(folder))
+    outputs = held.vocab_size if speaks is None else len(speaks)
+    student = load_student(folder, config.student.factory, outputs, task).to(device)
+    whole = partial(held_out, data=config.data)
+    measure = whole if speaks is None else partial(held_out_by_text, tokenizer=speaks)
+    measured = measure(student, held, batch_size=config.data.batch_size, device=device)
     return float(getattr(measured, name))
 
 

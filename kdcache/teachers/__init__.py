@@ -25,7 +25,8 @@ class TeacherConfig(Section):
     Attributes:
         model: Folder, hub name, GGUF file (or a folder holding one), or `module:attribute` for a callable or
             nn.Module; `module:attribute()` calls it first; or the URL of an OpenAI-compatible server, up to `/v1`.
-        kind: transformers, callable, served, vllm, a plug-in's name; auto goes by `model`.
+        kind: transformers, callable, served, vllm, a plug-in's name; auto goes by `model`. Of examples: module, onnx,
+            transformers, timm, torchvision, student, ensemble.
         dtype: Of the weights and of the forward pass; auto takes the checkpoint's.
         device: cpu, cuda, cuda:1, mps; auto takes the accelerator if there is one.
         compile: Run the model through torch.compile.
@@ -34,7 +35,9 @@ class TeacherConfig(Section):
         tokenizer: Folder or hub name; default: the model's own.
         trust_remote_code: Run code that comes with the model.
         task: Of a classifier of the transformers library: sequence-classification, token-classification, masked-lm,
-            image-classification, audio-classification or encoder.
+            image-classification, audio-classification, ctc or encoder.
+        weights: Of the kinds timm and torchvision: a safetensors file with the weights of the model that is named.
+        options: Of the same: arguments of the library's constructor, such as {num_classes: 10}.
         batch_positions: Positions of a forward batch at most, padding included; halved on out-of-memory.
         top: Log-probabilities that a served or vllm teacher is asked for at a position.
         served_name: Of the model, as the server wants it; default: the first that it lists.
@@ -57,6 +60,8 @@ class TeacherConfig(Section):
     tokenizer: str | None = None
     trust_remote_code: bool = False
     task: str = "sequence-classification"
+    weights: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     batch_positions: int = 4096
     top: int = Field(default=5, ge=1)
     served_name: str | None = None
@@ -83,6 +88,8 @@ class TeacherConfig(Section):
             raise ValueError("passes are of an ensemble: name the model in members")
         if self.checkpoint is not None and self.kind != "student":
             raise ValueError("checkpoint is of kind student")
+        if (self.weights or self.options) and self.kind not in ("timm", "torchvision"):
+            raise ValueError("weights and options are of the kinds timm and torchvision")
         return self
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.tokenizer import token_bytes
+
 K = TypeVar("K", str, bytes)
 
 BY_ID = "token_id:"
@@ -85,33 +87,6 @@ class Spelling:
             return True
         # special tokens are often written as nothing, parts of a character as what they become with their neighbours
         return number in self._special or not is_text(self._bytes[number])
-
-
-def token_bytes(tokenizer: Any) -> list[bytes]:
-    """Return the bytes of every id [V]; special and added tokens stand for their own text."""
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    added = {int(one) for one in getattr(tokenizer, "added_tokens_decoder", {})}
-    alphabet = _byte_alphabet()
-    spaces = any(str(one).startswith("▁") for one in pieces)
-    found = []
-    for number, piece in enumerate(pieces):
-        text = "" if piece is None else str(piece)
-        if number in added:
-            found.append(text.encode())
-        elif not spaces and all(one in alphabet for one in text):
-            found.append(bytes(alphabet[one] for one in text))
-        elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            found.append(bytes([int(text[3:5], 16)]))
-        else:
-            found.append(text.replace("▁", " ").encode())
-    return found
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of every character of byte-level vocabularies: printable ones are themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [one for one in range(256) if one not in printable]
-    return {chr(one): one for one in printable} | {chr(256 + place): one for place, one in enumerate(others)}
 
 
 def _one_to_one(texts: Sequence[K]) -> dict[K, int]:

@@ -88,13 +88,42 @@ class TransformersTeacher:
     def output_head(self) -> OutputHead | None:
         return self._head
 
+    @cached_property
+    def model(self) -> Any:
+        """The model on its device, loaded when first asked for; without gradients, keeping no keys and values.
+
+        Raises:
+            AccessError: It does not load.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            # first used inside inference mode, whose tensors a student's autograd could not read later
+            with torch.inference_mode(False):
+                model = AutoModelForCausalLM.from_pretrained(
+                    self._folder,
+                    dtype=self.dtype,
+                    revision=self._config.revision,
+                    trust_remote_code=self._config.trust_remote_code,
+                    use_safetensors=True,
+                )
+                model = model.to(self._device).eval().requires_grad_(False)
+                model.config.get_text_config().use_cache = False  # nothing is generated: keys and values are not kept
+        except Exception as error:
+            raise AccessError(
+                f"The teacher does not load: {str(error).splitlines()[0]}",
+                where=self._config.model,
+                hint="It must be a causal language model with safetensors weights.",
+            ) from error
+        return model
+
     @torch.inference_mode()
     def forward(self, inputs: Sequence[NDArray[np.int64]], layers: Sequence[str] = ()) -> TeacherOutput:
         ids, mask, places = padded(inputs, self._device)
         deep = any(layer != "final" for layer in layers)
         try:
             if self._head is None:
-                out = self._model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=bool(layers))
+                out = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=bool(layers))
                 rows, states = out.logits.flatten(0, 1)[places], out.hidden_states
             else:
                 # right padding cannot reach earlier positions of a causal model: no attention mask is needed
@@ -138,46 +167,22 @@ class TransformersTeacher:
             ) from error
 
     @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            # first used inside inference mode, whose tensors a student's autograd could not read later
-            with torch.inference_mode(False):
-                model = AutoModelForCausalLM.from_pretrained(
-                    self._folder,
-                    dtype=self.dtype,
-                    revision=self._config.revision,
-                    trust_remote_code=self._config.trust_remote_code,
-                    use_safetensors=True,
-                )
-                model = model.to(self._device).eval().requires_grad_(False)
-                model.config.get_text_config().use_cache = False  # nothing is generated: keys and values are not kept
-        except Exception as error:
-            raise AccessError(
-                f"The teacher does not load: {str(error).splitlines()[0]}",
-                where=self._config.model,
-                hint="It must be a causal language model with safetensors weights.",
-            ) from error
-        return model
-
-    @cached_property
     def _body(self) -> Any:
-        body = self._model.base_model
+        body = self.model.base_model
         return torch.compile(body) if self._config.compile else body
 
     @cached_property
     @torch.inference_mode()
     def _head(self) -> OutputHead | None:
-        layer = self._model.get_output_embeddings()
+        layer = self.model.get_output_embeddings()
         if layer is None or not isinstance(layer, torch.nn.Linear):
             return None
         scaling = getattr(self._text, "logits_scaling", None)
         scale = getattr(self._text, "logit_scale", None) or (1 / scaling if scaling else 1.0)
         head = OutputHead(layer.weight, layer.bias, float(scale), getattr(self._text, "final_logit_softcapping", None))
         ids = torch.tensor([PROBE], device=self._device) % self.vocab_size
-        own = self._model(input_ids=ids).logits.float()
-        ours = head.logits(self._model.base_model(input_ids=ids).last_hidden_state).float()
+        own = self.model(input_ids=ids).logits.float()
+        ours = head.logits(self.model.base_model(input_ids=ids).last_hidden_state).float()
         # a model that does more than scale and cap its logits is run to its own logits instead
         close = own.shape == ours.shape and bool((own - ours).abs().max() <= 0.02 * own.abs().max().clamp(min=1))
         return head if close else None
@@ -193,7 +198,7 @@ class TransformersTeacher:
                     hint="Save the model with save_pretrained; pickled weights are not read.",
                 )
             return digest_json([digest_file(file) for file in files])
-        return state_digest(self._model)
+        return state_digest(self.model)
 
 
 def state_digest(model: torch.nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from kdcache.errors import MismatchError
 from kdcache.fingerprint import digest_json
 from kdcache.store import Store, open_store
+from kdcache.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop import Run, Transform
 from kdcache.train.result import METRICS, RESULT, TrainProgress, TrainResult
@@ -48,6 +49,10 @@ def train(
         "store": opened.digest,
         "online": transform is not None,
     }
+    if config.student.tokenizer is not None:
+        identity["tokenizer"] = tokenizer_fingerprint(
+            load_tokenizer(config.student.tokenizer, revision=config.student.revision)
+        )
     if config.data.teachers:
         identity["teachers"] = [open_store(one.store).digest for one in config.data.teachers]
     if (root / RESULT).is_file():

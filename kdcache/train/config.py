@@ -62,28 +62,37 @@ class StudentConfig(Section):
 
     Attributes:
         model: Folder or hub name of a checkpoint.
-        config: A transformers configuration from scratch: model_type and its sizes; the vocabulary is the teacher's.
+        config: A transformers configuration from scratch: model_type and its sizes; the vocabulary is the teacher's,
+            or that of `tokenizer`.
         factory: `module:function`, called with `vocab_size`, returning an nn.Module from (input_ids, attention_mask)
             [S, T] to logits [S, T, V] (or an object with `.logits`); from a classifier's store, from the inputs by
             name to [S, C] or [S, T, C], and `vocab_size` is C.
         task: Head of a transformers student of a classifier's store; default: sequence-classification.
+        tokenizer: Folder or hub name of the student's own tokenizer, where it is not the teacher's; `loss.divergence`
+            is then span_likelihood or uld.
         dtype: Of the weights.
-        revision: Of a hub model.
+        keep_layers: Of `model`, how many of its layers (spread evenly) or which, counted from 1; the others are left
+            out before the first step. Begin with the teacher's folder to have a student of the teacher's layers.
+        revision: Of a hub model, or of its tokenizer.
         any_template: Accept a checkpoint whose tokenizer writes chats otherwise than the teacher's.
     """
 
     model: str | None = None
     config: dict[str, Any] | None = None
     factory: str | None = None
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
     any_template: bool = False
+    keep_layers: int | tuple[int, ...] | None = None
     task: str | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "StudentConfig":
         if sum(value is not None for value in (self.model, self.config, self.factory)) != 1:
             raise ValueError("give exactly one of model, config and factory")
+        if self.keep_layers is not None and self.model is None:
+            raise ValueError("keep_layers goes with model")
         return self
 
 
@@ -144,6 +153,7 @@ class HiddenLossConfig(Section):
         weight: Factor on the term.
         options: Of the loss, such as {beta: 0.5}.
         normalise: The teacher's features by their mean and variance in the store.
+        negatives: Samples outside the batch that `crd` holds each sample against, drawn from the store at every step.
     """
 
     teacher: str = "final"
@@ -152,6 +162,13 @@ class HiddenLossConfig(Section):
     weight: float = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
     normalise: bool = False
+    negatives: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _contrastive(self) -> "HiddenLossConfig":
+        if self.negatives and self.kind != "crd":
+            raise ValueError("negatives are for the kind crd")
+        return self
 
 
 class PairsConfig(Section):
@@ -189,7 +206,8 @@ class LossConfig(Section):
 
     Attributes:
         divergence: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, adaptive_kl; or a response
-            loss: logit_mse, standardised_kl, dkd, dist, ranking, sigmoid, regression; or a plug-in's name.
+            loss: logit_mse, standardised_kl, dkd, dist, ranking, sigmoid, regression; or a span loss, of a student with
+            a tokenizer of its own: span_likelihood, uld; or a plug-in's name.
         beta: Of jsd; the same as options.beta.
         options: Of the divergence, such as {skew: 0.1}.
         hard: What the labels are held against: cross_entropy (classes), sigmoid (a value of 0 to 1 each output) or mse
@@ -257,6 +275,9 @@ class RunConfig(Section):
         checkpoint_every: Steps between checkpoints; 0 keeps one at the end of every epoch.
         validate_every: Steps between validations; 0 validates at the end of every epoch.
         metric: What early stopping looks at.
+        snapshot_every: Steps between students that are kept under `snapshots/`; 0 keeps none. Each is used as a run's
+            folder is: by eval, by export, or as a teacher.
+        ema: Decay of the running mean of the student's weights, such as 0.999, kept under `ema/`; 0 keeps none.
         patience: Validations without a better metric before stopping; 0 never stops early.
     """
 
@@ -269,6 +290,8 @@ class RunConfig(Section):
     checkpoint_every: int = Field(default=0, ge=0)
     validate_every: int = Field(default=0, ge=0)
     metric: Literal["cross_entropy", "kl"] = "cross_entropy"
+    snapshot_every: int = Field(default=0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     patience: int = Field(default=0, ge=0)
 
 

@@ -20,6 +20,7 @@ from kdcache.losses import attention, features, relations
 from kdcache.losses.features import Moments
 from kdcache.losses.projector import Projector
 from kdcache.store import Store
+from kdcache.train.bank import Bank
 from kdcache.train.config import HiddenLossConfig, LossConfig
 
 FAMILIES = {"features": features, "relations": relations, "attention": attention}
@@ -28,7 +29,7 @@ UNPROJECTED = ("attention_transfer",)
 """Feature losses whose sides may differ in width."""
 
 PROJECTED = ("crd",)
-"""Losses of other families that compare vectors of one width."""
+"""Losses of other families that compare vectors of one width; they take negatives from the store, too."""
 
 MOMENT_ROWS = 4096
 """Rows of the first shard that give the mean and variance of a layer."""
@@ -109,6 +110,7 @@ class FeatureTerms(nn.Module):
             self._projector(one, family, store, shapes) for one, family in zip(config, self._families, strict=True)
         )
         self._moments = [_moments(store, one.teacher) if one.normalise else None for one in config]
+        self._banks = [Bank(store, one.teacher) if one.negatives else None for one in config]
 
     @property
     def layers(self) -> list[str]:
@@ -124,9 +126,8 @@ class FeatureTerms(nn.Module):
             rows: int64, the positions that count.
         """
         total = torch.zeros((), device=rows.device)
-        for one, family, loss, projector, moments in zip(
-            self._config, self._families, self._losses, self.projectors, self._moments, strict=True
-        ):
+        parts = (self._config, self._families, self._losses, self.projectors, self._moments, self._banks)
+        for one, family, loss, projector, moments, bank in zip(*parts, strict=True):
             student, teacher = layers[one.student], batch.hidden[one.teacher]
             if moments is not None:
                 teacher = moments.normalise(teacher)
@@ -140,7 +141,11 @@ class FeatureTerms(nn.Module):
             elif family == "relations":
                 sides = (student, _per(teacher, batch))
                 own, other = (_pooled(side, batch, mask, per_sample=per_sample) for side in sides)
-                value = loss(projector(own), other) * batch.num_samples
+                more = {}
+                if bank is not None:
+                    drawn = bank.draw(one.negatives, batch.sample_index.to(rows.device))
+                    more["negatives"] = drawn if moments is None else moments.normalise(drawn)
+                value = loss(projector(own), other, **more) * batch.num_samples
             elif per_sample:
                 value = _by_rows(loss, projector, student, _firsts(teacher, batch), mask)
             else:

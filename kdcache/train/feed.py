@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.augment import VERSION, VIEW, AugmentConfig
+from kdcache.augment import views_of
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.examples import LABEL, Examples, view_inputs, views_digest
@@ -59,13 +59,8 @@ class Feed:
         capture: dict[str, Any] = store.manifest.part("capture") or {}
         self._seen: dict[str, Any] = capture.get("examples") or {}
         drawn = self._seen.get("augment")
-        self._augment = None if drawn is None else AugmentConfig(**drawn)
-        if self._augment is not None and capture.get("augmentation_version") != VERSION:
-            raise MismatchError(
-                f"The store's augmentation is of version {capture.get('augmentation_version')}, and this is {VERSION}.",
-                where=store.location,
-                hint="Use the release of kdcache that captured it, or capture again.",
-            )
+        version = capture.get("augmentation_version")
+        self._augment = None if drawn is None else views_of(drawn, int(version or 0))
         self.views = 1 if self._augment is None else self._augment.views
         self._fields: dict[str, str] = data.inputs or self._seen["fields"]
         tables = [store.sample_table(index)["sample_id"].to_pylist() for index in range(len(store.shards))]
@@ -108,15 +103,19 @@ class Feed:
         some = batch.rows(torch.from_numpy(kept), ends)
         drawn = None if self._augment is None else batch.extra["augmentation"].numpy()[begins][:, None]
         inputs = view_inputs(self._examples, places, self._fields, self._augment, drawn)[0]
-        counted = None
-        if self._seen.get("tokens"):
-            label = np.asarray(self._examples.fields[LABEL][places])
-            counted = torch.from_numpy(np.flatnonzero(label >= 0))
-        return replace(some, inputs={name: _tensor(one) for name, one in inputs.items()}, places=counted)
+        some = replace(some, inputs={name: _tensor(one) for name, one in inputs.items()})
+        if not self._seen.get("tokens"):
+            return some
+        label = np.asarray(self._examples.fields[LABEL][places])
+        return replace(some, places=torch.from_numpy(np.flatnonzero(label >= 0)), answers=label.shape[1])
 
-    def probe(self) -> dict[str, torch.Tensor]:
-        """Return the inputs of the first two samples."""
-        inputs = view_inputs(self._examples, self._places[:2], self._fields, None, None)[0]
+    def probe(self, count: int = 2) -> dict[str, torch.Tensor]:
+        """Return the inputs of the first samples of the store, as they are; of copies, the first.
+
+        Args:
+            count: Of them, at most.
+        """
+        inputs = view_inputs(self._examples, self._places[:count], self._fields, self._augment, None)[0]
         return {name: _tensor(one) for name, one in inputs.items()}
 
     def _require_proof(self) -> None:
@@ -130,7 +129,6 @@ class Feed:
             rows = np.diff(shard.offsets)[:count] // self.views
             first = shard.offsets[:count, None] + np.arange(self.views) * rows[:, None]
             drawn = shard.columns["augmentation"][first]
-            assert (drawn[:, :, VIEW] == np.arange(self.views)).all()
         views = view_inputs(self._examples, self._places[:count], fields, self._augment, drawn)
         known = shard.table["token_digest"].to_pylist()
         for row in range(count):
@@ -142,6 +140,12 @@ class Feed:
                 )
 
 
+def held_out_feed(store: Store, data: DataConfig) -> Feed:
+    """Return what a student is given of a held-out store; raises as `Feed`."""
+    return Feed(store, data.model_copy(update={"examples": data.validation_examples or data.examples}))
+
+
 def _tensor(values: Array) -> torch.Tensor:
     wide = values.astype(np.int64) if values.dtype.kind in "iu" and values.dtype != np.uint8 else values
+    wide = wide.astype(np.float32) if wide.dtype == np.float64 else wide  # as numpy makes them, and no student is
     return torch.from_numpy(np.ascontiguousarray(wide))

@@ -3,12 +3,12 @@
 import json
 import logging
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,30 @@ from torch import nn
 
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, Interrupted, OutageError, TrainingError
-from kdcache.losses import RESPONSES
-from kdcache.losses.tails import POLICY_KIND
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.store import Store, open_store
 from kdcache.store.objects import write_object
 from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.train import checkpoint
+from kdcache.train.average import Average
 from kdcache.train.config import Schedule, TrainConfig
 from kdcache.train.features import with_pairs
 from kdcache.train.feed import Feed
 from kdcache.train.objective import Objective, needs
-from kdcache.train.result import METRICS, RESULT, TrainProgress, TrainResult
+from kdcache.train.record import Record
+from kdcache.train.result import RESULT, TrainProgress, TrainResult, tail_of
 from kdcache.train.schedule import extremes, learning_rate, value_at
+from kdcache.train.spans import held_out_by_text
 from kdcache.train.student import build_student, require_finite_weights, save_student
 from kdcache.train.teachers import Companions
+from kdcache.train.texts import texts_of
 from kdcache.train.validate import HeldOut, held_out
 
 NOT_FINITE_LIMIT = 20
 """Successive steps whose loss is not finite before a run gives up."""
+
+SNAPSHOTS, EMA = "snapshots", "ema"
+"""Folders of a run's earlier students and of the mean of its weights."""
 
 Transform = Callable[[Batch], Batch]
 
@@ -71,7 +76,6 @@ class Run:
         self._store = store
         self._root = root
         self._identity = identity
-        self._progress = progress
         self._transform = transform
         run = config.run
         # accelerate keeps one state a process: a second run may have another precision
@@ -86,13 +90,22 @@ class Run:
         if several and transform is not None:
             raise ConfigError("The online baseline has one teacher.", where="data.teachers", hint="Leave it out.")
         self._companions = Companions(store, config.data, config.loss) if several else None
-        student = build_student(config.student, store, seed=run.seed)
+        self._texts = texts_of(config, store, live=transform is not None)
+        own = None if self._texts is None else self._texts.student.tokenizer
+        student = build_student(config.student, store, seed=run.seed, tokenizer=own)
+        if self._texts is not None:
+            self._texts.fit(student)
+        self._outputs = store.vocab_size if self._texts is None else self._texts.vocab_size
         config = config.model_copy(update={"loss": with_pairs(config.loss, store, student)})
         self._config = config
         probe = None if self._feed is None else self._feed.probe()
         weights = (config.data.weight, *(one.weight for one in config.data.teachers))
         live = transform is not None
-        self._plain = Objective(config.loss, student, store, live=live, probe=probe, teachers=weights)
+        self._plain = Objective(
+            config.loss, student, store, live=live, probe=probe, teachers=weights, vocab_size=self._outputs
+        )
+        if run.ema:
+            self._plain.average = Average(student, run.ema)
         optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
         self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
         self._loader = Loader(store, self._stream())
@@ -102,10 +115,7 @@ class Run:
         cached_head = wanted.output_head and transform is None
         self._head = output_head_of(store).to(self._accelerator.device) if cached_head else None
         self._state = _State()
-        self._losses: list[float] = []
-        self._times: list[float] = []
-        self._waited = 0.0
-        self._made = 0
+        self._record = Record(root, writes=self._accelerator.is_main_process, progress=progress)
         self._validation: HeldOut | None = None
         self._validated = -1
 
@@ -144,6 +154,8 @@ class Run:
                         where=str(self._root),
                         hint="Run the same command again to go on.",
                     )
+                if self._config.run.snapshot_every and self._state.step % self._config.run.snapshot_every == 0:
+                    self._save_part(f"{SNAPSHOTS}/step-{self._state.step:08d}", self._plain.student)
                 if self._due(self._config.run.checkpoint_every) and bad == 0:
                     self._save()
                     last_saved = self._state.step
@@ -194,10 +206,25 @@ class Run:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.step()
+            if self._plain.average is not None:
+                self._plain.average.update(self._plain.student)
         self._optimizer.zero_grad(set_to_none=True)
         self._state.step += 1
         self._state.positions += int(everywhere)
-        self._record(sums, rate, (alpha, self._plain.mean_temperature), time.perf_counter() - began, waited, micro)
+        line = {
+            "step": self._state.step,
+            **{name: round(value, 8) for name, value in sums.items()},
+            "learning_rate": rate,
+            "alpha": alpha,
+            "temperature": self._plain.mean_temperature,
+        }
+        self._record.step(
+            line,
+            tokens=sum(batch.num_positions for batch in micro),
+            seconds=time.perf_counter() - began,
+            waited=waited,
+            of=(self._loader.epoch, self._steps),
+        )
         return sums if finite else None
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -209,66 +236,27 @@ class Run:
                 # teachers are joined sample by sample, before the feed takes one view of each
                 joined = read if self._companions is None else self._companions.fill(read)
                 batch = joined if self._feed is None else self._feed.fill(joined, self._loader.epoch)
+                batch = batch if self._texts is None else self._texts.fill(batch)
                 yield batch, {"ended": self._loader.batches == per_epoch}
-
-    def _record(
-        self,
-        sums: dict[str, float],
-        rate: float,
-        scheduled: tuple[float, float],
-        seconds: float,
-        waited: float,
-        micro: list[Batch],
-    ) -> None:
-        tokens = sum(batch.num_positions for batch in micro)
-        self._losses.append(sums["loss"])
-        self._times.append(seconds)
-        self._waited += waited
-        self._made += tokens
-        line = {
-            "step": self._state.step,
-            **{name: round(value, 8) for name, value in sums.items()},
-            "learning_rate": rate,
-            "alpha": scheduled[0],
-            "temperature": scheduled[1],
-            "tokens": tokens,
-            "step_seconds": round(seconds, 5),
-            "data_wait_seconds": round(waited, 5),
-        }
-        self._write_metrics(line)
-        if self._progress is not None and self._accelerator.is_main_process:
-            recent = self._times[-20:]
-            left = self._steps - self._state.step
-            self._progress(
-                TrainProgress(
-                    step=self._state.step,
-                    steps=self._steps,
-                    epoch=self._loader.epoch,
-                    loss=sums["loss"],
-                    tokens_per_second=self._made / max(1e-9, sum(self._times)),
-                    data_wait_share=self._waited / max(1e-9, sum(self._times)),
-                    eta_seconds=left * sum(recent) / len(recent),
-                )
-            )
 
     def _validate(self) -> bool:
         """Measure on the held-out store; keep the best student; say whether patience has run out."""
-        found = held_out(
+        whole = partial(held_out, data=self._config.data)
+        measure = whole if self._texts is None else partial(held_out_by_text, tokenizer=self._texts.student.tokenizer)
+        found = measure(
             self._plain.student,
             open_store(str(self._config.data.validation)),
             batch_size=self._config.data.batch_size,
             device=self._accelerator.device,
             chunk=self._config.loss.chunk_positions or None,
-            data=self._config.data,
         )
         self._validation, self._validated = found, self._state.step
         value = getattr(found, self._config.run.metric)
-        line = {"step": self._state.step, "validation": asdict(found)}
-        self._write_metrics(line)
+        self._record.note({"step": self._state.step, "validation": asdict(found)})
         if self._state.best is None or value < self._state.best:
             self._state.best, self._state.best_step, self._state.since_best = value, self._state.step, 0
             if self._config.run.patience and self._accelerator.is_main_process:
-                self._save_student(self._root / "best")
+                self._save_student(self._root / "best", self._plain.student)
         else:
             self._state.since_best += 1
         return bool(self._config.run.patience) and self._state.since_best >= self._config.run.patience
@@ -276,21 +264,15 @@ class Run:
     def _finish(self, stopped_early: bool) -> TrainResult:
         if self._config.data.validation and not stopped_early and self._validated != self._state.step:
             self._validate()
-        seconds = sum(self._times)
-        tenth = self._losses[-max(1, len(self._losses) // 10) :]
         result = TrainResult(
             steps=self._state.step,
             epochs=self._loader.epoch + (self._loader.batches > 0),
             positions=self._state.positions,
-            loss=statistics.fmean(tenth) if tenth else float("nan"),
-            seconds=round(seconds, 3),
-            step_seconds=round(statistics.median(self._times), 5) if self._times else 0.0,
-            tokens_per_second=round(self._made / seconds, 1) if seconds else 0.0,
-            data_wait_share=round(self._waited / seconds, 5) if seconds else 0.0,
+            **self._record.report(),
             peak_memory_bytes=peak_memory_bytes(),
             accelerator_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             student_parameters=sum(one.numel() for one in self._plain.student.parameters()),
-            tail=_tail(self._config),
+            tail=tail_of(self._config),
             validation=None if self._validation is None else asdict(self._validation),
             stopped_early=stopped_early,
             already_complete=False,
@@ -302,19 +284,27 @@ class Run:
             if stopped_early:
                 shutil.copytree(self._root / "best", self._root, dirs_exist_ok=True)
             else:
-                self._save_student(self._root)
-            document = {
-                "identity": self._identity,
-                "config": self._config.model_dump(mode="json"),
-                "result": result.as_dict(),
-                "outputs": self._store.vocab_size,
-            }
-            write_object(self._root, RESULT, json.dumps(document, indent=2).encode())
+                self._save_student(self._root, self._plain.student)
+            if self._plain.average is not None:
+                self._save_part(EMA, self._plain.average.averaged(self._plain.student))
+            self._write_result(self._root, self._identity, result.as_dict())
         self._accelerator.wait_for_everyone()
         return result
 
-    def _save_student(self, folder: Path) -> None:
-        save_student(self._plain.student, self._config.student, self._store.tokenizer_files(), folder)
+    def _save_student(self, folder: Path, student: nn.Module) -> None:
+        files = self._store.tokenizer_files() if self._texts is None else self._texts.files()
+        save_student(student, self._config.student, files, folder)
+
+    def _save_part(self, name: str, student: nn.Module) -> None:
+        """Write a student of this run besides its last one, in a folder that is used as a finished run's."""
+        if self._accelerator.is_main_process:
+            self._save_student(self._root / name, student)
+            self._write_result(self._root / name, {**self._identity, "part": name}, {"steps": self._state.step})
+
+    def _write_result(self, folder: Path, identity: dict[str, Any], result: dict[str, Any]) -> None:
+        config = self._config.model_dump(mode="json")
+        document = {"identity": identity, "config": config, "result": result, "outputs": self._outputs}
+        write_object(folder, RESULT, json.dumps(document, indent=2).encode())
 
     def _due(self, every: int) -> bool:
         """Whether something is due after this step: every so many steps, or (0) at the end of an epoch."""
@@ -330,21 +320,13 @@ class Run:
     def _resume(self) -> None:
         found = checkpoint.latest(self._root / "checkpoints", self._identity)
         if found is None:
-            (self._root / METRICS).unlink(missing_ok=True)
+            self._record.begin(0)
             return
         checkpoint.restore(found, self._plain, _inner(self._optimizer))
         self._state = _State(**found.state["run"])
         self._loader.load_state_dict(found.state["stream"])
-        path = self._root / METRICS
-        if path.is_file() and self._accelerator.is_main_process:
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= found.step))
+        self._record.begin(found.step)
         _log.info("resumed at step %d", found.step)
-
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        if self._accelerator.is_main_process:
-            with (self._root / METRICS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
 
     def _stream(self) -> StreamConfig:
         data, wanted = self._config.data, needs(self._config.loss)
@@ -375,14 +357,3 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer  # type: ignore[no-any-return]
-
-
-def _tail(config: TrainConfig) -> str:
-    if extremes(config.loss.alpha)[1] == 0:
-        return "none: hard labels only"
-    if config.loss.divergence in RESPONSES:
-        return f"{config.loss.divergence} (exact where the store keeps every output)"
-    kind = POLICY_KIND[config.loss.tail]
-    if config.loss.divergence == "adaptive_kl" and kind == "bound":
-        kind = "neither exact nor a bound"
-    return f"{config.loss.tail} ({kind})"

@@ -9,6 +9,7 @@ and ranks give the gradient of one large batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ from kdcache.losses import RESPONSES, Heads, divergence, response
 from kdcache.losses.cross_entropy import cross_entropy
 from kdcache.losses.exact import exact_divergence
 from kdcache.losses.output_layer import first_ids, log_partition, output_layer, suitable_chunk
+from kdcache.losses.spans import is_span_loss, span_loss
 from kdcache.losses.tails import policy
 from kdcache.store import Store
 from kdcache.targets import inverse
 from kdcache.targets.tensor import OutputHead, TensorTargets
+from kdcache.train.average import Average
 from kdcache.train.config import EntropyTemperature, LearnedTemperature, LossConfig, Schedule
 from kdcache.train.features import FeatureTerms
 from kdcache.train.schedule import extremes
+from kdcache.train.spans import span_terms
 from kdcache.train.student import StudentOutput, is_fused, layer_shapes, run_student
 from kdcache.train.teachers import combined
 from kdcache.train.temperature import Learned, by_entropy
@@ -67,6 +71,7 @@ class Objective(nn.Module):
         live: A live teacher fills the batches, so the store's columns do not matter.
         probe: Inputs of two samples, of students of examples.
         teachers: Configured weight of every teacher, the store's first.
+        vocab_size: Ids of the student; default: as many as the teacher's.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Objective(nn.Module):
         live: bool = False,
         probe: Mapping[str, Tensor] | None = None,
         teachers: Sequence[float] = (1.0,),
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         if not live:
@@ -87,19 +93,23 @@ class Objective(nn.Module):
         self.fused = probe is None and is_fused(student)
         self._config = config
         self._teachers = teachers
-        self._vocab_size = store.vocab_size
+        self._vocab_size = vocab_size or store.vocab_size
         options = {**config.options, **({} if config.beta is None else {"beta": config.beta})}
         responds = config.divergence in RESPONSES
         self._response = response(config.divergence, **options) if responds else None
-        self._divergence = divergence("forward_kl") if responds else divergence(config.divergence, **options)
+        self._spans = span_loss(config.divergence, **options) if is_span_loss(config.divergence) else None
+        plain = self._spans is None and not responds
+        self._divergence = divergence(config.divergence, **options) if plain else divergence("forward_kl")
         self._layers = [one.student for one in config.hidden]
         if config.tail == "exact" and extremes(config.alpha)[1] > 0 and not self.fused:
             raise ConfigError("The tail policy exact needs a student with an output layer.", where="loss.tail")
         shapes = layer_shapes(student, self._layers, probe) if config.hidden else {}
         self.features = FeatureTerms(config.hidden, store, shapes)
         self.learned = Learned(config.temperature) if isinstance(config.temperature, LearnedTemperature) else None
-        self._tempered = self._response is None or self._response.tempered
+        self._tempered = self._response.tempered if self._response is not None else self._spans is None
         self.mean_temperature = 1.0
+        # here, so that a checkpoint carries it
+        self.average: Average | None = None
 
     def forward(self, batch: Batch, alpha: float, temperature: float, positions: float) -> dict[str, Tensor]:
         """Return the terms of a micro-batch, each a sum over its counted positions divided by `positions`.
@@ -167,6 +177,9 @@ class Objective(nn.Module):
             if alpha == 1:
                 return kd, torch.zeros_like(kd)
             return kd, self._sparse(output, rows, labels[:, None], labels[:, None], (1.0,))[1]
+        if self._spans is not None:
+            size = (self._vocab_size, self._chunk(rows))
+            return span_terms(self._spans, batch, output, partial(self._sparse, output), temperature, size=size)
         if batch.targets is None:
             raise ConfigError("The batch holds no targets.", where="loss.alpha")
         every = len(rows) == batch.num_positions

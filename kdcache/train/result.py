@@ -3,6 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kdcache.losses import RESPONSES
+from kdcache.losses.spans import span_loss
+from kdcache.losses.tails import POLICY_KIND
+from kdcache.train.config import TrainConfig
+from kdcache.train.schedule import extremes
+
 RESULT = "train.json"
 METRICS = "metrics.jsonl"
 
@@ -65,3 +71,17 @@ class TrainResult:
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
         return asdict(self)
+
+
+def tail_of(config: TrainConfig) -> str:
+    """Return what the loss sees of the teacher, and what that makes of its value."""
+    if extremes(config.loss.alpha)[1] == 0:
+        return "none: hard labels only"
+    if config.loss.divergence in RESPONSES:
+        return f"{config.loss.divergence} (exact where the store keeps every output)"
+    if config.student.tokenizer is not None:
+        return f"{config.loss.divergence} ({span_loss(config.loss.divergence).value})"
+    kind = POLICY_KIND[config.loss.tail]
+    if config.loss.divergence == "adaptive_kl" and kind == "bound":
+        kind = "neither exact nor a bound"
+    return f"{config.loss.tail} ({kind})"

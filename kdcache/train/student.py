@@ -17,9 +17,10 @@ from kdcache.errors import AccessError, ConfigError, MismatchError, TrainingErro
 from kdcache.store import Store
 from kdcache.taps import run as run_tapped
 from kdcache.targets.tensor import OutputHead
-from kdcache.tasks import model_class
+from kdcache.tasks import model_class, outputs_key
 from kdcache.tokenizer import differences, load_tokenizer, tokenizer_fingerprint
 from kdcache.train.config import StudentConfig
+from kdcache.train.layer_drop import keep_layers
 
 PROBE = (5, 1, 4, 2, 3, 6, 0, 7)
 """Ids of the input on which the fused output layer is compared with the model's own logits."""
@@ -42,8 +43,14 @@ class StudentOutput:
     layers: Mapping[str, Tensor]
 
 
-def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Module:
+def build_student(config: StudentConfig, store: Store, *, seed: int, tokenizer: Any = None) -> nn.Module:
     """Return the student with its weights, checked against the store before any step.
+
+    Args:
+        config: Which model.
+        store: That it is trained from.
+        seed: Of its weights.
+        tokenizer: Its own, where that is not the teacher's; its vocabulary then stands in for the teacher's.
 
     Raises:
         MismatchError: Its vocabulary is smaller than the teacher's, its tokenizer or chat template is another, or it
@@ -54,8 +61,10 @@ def build_student(config: StudentConfig, store: Store, *, seed: int) -> nn.Modul
     torch.manual_seed(seed)
     if store.manifest.kind != "causal_lm":
         return _classifier(config, store.vocab_size)
-    model = _built(config, store)
-    _require_causal(model, store.vocab_size)
+    vocab_size = store.vocab_size if tokenizer is None else len(tokenizer)
+    recorded = store.manifest.part("tokenizer") if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    model = _built(config, vocab_size, recorded)
+    _require_causal(model, vocab_size)
     return model
 
 
@@ -68,10 +77,10 @@ def _classifier(config: StudentConfig, classes: int) -> nn.Module:
         if config.config is not None:
             from transformers import AutoConfig
 
-            sizes = {"num_labels": classes, "attn_implementation": "eager", **config.config}
+            sizes = {outputs_key(config.task): classes, "attn_implementation": "eager", **config.config}
             made = kind.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes))
             return made.to(getattr(torch, config.dtype))  # type: ignore[no-any-return]
-        return kind.from_pretrained(  # type: ignore[no-any-return]
+        model = kind.from_pretrained(
             config.model,
             num_labels=classes,
             dtype=getattr(torch, config.dtype),
@@ -80,6 +89,11 @@ def _classifier(config: StudentConfig, classes: int) -> nn.Module:
             ignore_mismatched_sizes=True,
             use_safetensors=True,
         )
+        if config.keep_layers is not None:
+            keep_layers(model, config.keep_layers)
+        return model  # type: ignore[no-any-return]
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"The student is not made: {type(error).__name__}: {str(error).splitlines()[0]}",
@@ -88,13 +102,13 @@ def _classifier(config: StudentConfig, classes: int) -> nn.Module:
         ) from error
 
 
-def _built(config: StudentConfig, store: Store) -> nn.Module:
+def _built(config: StudentConfig, vocab_size: int, recorded: dict[str, Any] | None) -> nn.Module:
     if config.factory is not None:
-        return _from_factory(config.factory, store.vocab_size)
+        return _from_factory(config.factory, vocab_size)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.config is not None:
-        sizes = {"vocab_size": store.vocab_size, **config.config}
+        sizes = {"vocab_size": vocab_size, **config.config}
         try:
             kind = sizes.pop("model_type")
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
@@ -106,13 +120,15 @@ def _built(config: StudentConfig, store: Store) -> nn.Module:
             ) from error
         model = model.to(getattr(torch, config.dtype))
     else:
-        model = _from_checkpoint(config, store)
+        model = _from_checkpoint(config, recorded)
+        if config.keep_layers is not None:
+            keep_layers(model, config.keep_layers)
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows < store.vocab_size:
+    if rows < vocab_size:
         raise MismatchError(
-            f"The student has {rows} embeddings, and the teacher's vocabulary is {store.vocab_size}.",
+            f"The student has {rows} embeddings, and the vocabulary is {vocab_size}: {_whose(config)}.",
             where="student",
-            hint="Use a student with the teacher's tokenizer, or resize its embeddings.",
+            hint="Use a student with that tokenizer, or resize its embeddings.",
         )
     return model  # type: ignore[no-any-return]
 
@@ -126,7 +142,7 @@ def _require_causal(model: Any, vocab_size: int) -> None:
         one = torch.tensor([PROBE]) % vocab_size
         other = one.clone()
         other[0, -1] = (other[0, -1] + 1) % vocab_size
-        said, changed = (_logits(model(ids, torch.ones_like(ids)))[0, :-1].float() for ids in (one, other))
+        said, changed = (_logits(model, ids, torch.ones_like(ids))[0, :-1].float() for ids in (one, other))
     finally:
         model.train(training)
         torch.random.set_rng_state(state)
@@ -139,7 +155,10 @@ def _require_causal(model: Any, vocab_size: int) -> None:
         )
 
 
-def _logits(out: Any) -> Tensor:
+def _logits(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    # not every model of transformers takes the mask second
+    named = hasattr(model, "save_pretrained")
+    out = model(input_ids=ids, attention_mask=attention_mask) if named else model(ids, attention_mask)
     return out if isinstance(out, Tensor) else out.logits
 
 
@@ -184,8 +203,7 @@ def run_student(model: Any, batch: Batch, layers: Sequence[str], *, fused: bool)
         return _run_on_examples(model, batch, layers)
     padded = batch.padded()
     if not fused:
-        out = model(padded.input_ids, padded.attention_mask)
-        logits = _logits(out)
+        logits = _logits(model, padded.input_ids, padded.attention_mask)
         if layers:
             raise ConfigError("This student gives logits only: hidden losses need a transformers model.")
         return StudentOutput(None, None, logits.flatten(0, 1)[padded.index], {})
@@ -216,6 +234,12 @@ def _run_on_examples(model: Any, batch: Batch, layers: Sequence[str]) -> Student
             f"{'one answer a sample' if batch.places is None else 'one for each token'}.",
             where="student",
         )
+    if batch.answers is not None and logits.shape[1] != batch.answers:
+        raise MismatchError(
+            f"The student answers for {logits.shape[1]} tokens of a sample, and the teacher did for {batch.answers}.",
+            where="student",
+            hint="Its frames must be the teacher's: the same strides and the same length of input.",
+        )
     flat = logits if batch.places is None else logits.flatten(0, 1)[batch.places]
     return StudentOutput(None, None, flat, found)
 
@@ -240,7 +264,7 @@ def layer_shapes(model: Any, layers: Sequence[str], probe: Mapping[str, Tensor] 
 
 
 def save_student(model: Any, config: StudentConfig, tokenizer_files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the student as a folder that transformers loads, with the store's tokenizer beside it.
+    """Write the student as a folder that transformers loads, with its tokenizer beside it.
 
     A student made by a factory becomes model.safetensors; its factory is recorded by the run.
     """
@@ -289,7 +313,7 @@ def load_student(folder: Path, factory: str | None, vocab_size: int, task: str |
         ) from error
 
 
-def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
+def _from_checkpoint(config: StudentConfig, recorded: dict[str, Any] | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = str(config.model)
@@ -303,7 +327,6 @@ def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
             where=name,
             hint="Give a folder or hub name of a causal language model with safetensors weights.",
         ) from error
-    recorded = store.manifest.part("tokenizer")
     folder = Path(name)
     if recorded is None or (folder.is_dir() and not (folder / "tokenizer.json").is_file()):
         return model
@@ -312,11 +335,15 @@ def _from_checkpoint(config: StudentConfig, store: Store) -> Any:
         found["chat_template"] = recorded.get("chat_template")
     if lines := differences(recorded, found):
         raise MismatchError(
-            f"The student's tokenizer is not the teacher's: {'; '.join(lines)}.",
+            f"The student's tokenizer is not {_whose(config)}: {'; '.join(lines)}.",
             where=name,
-            hint="Train a student that shares the teacher's tokenizer, or start from student.config.",
+            hint="Name the student's own in student.tokenizer, or take a student that has this one.",
         )
     return model
+
+
+def _whose(config: StudentConfig) -> str:
+    return "the teacher's" if config.tokenizer is None else "the one in student.tokenizer"
 
 
 def _from_factory(path: str, vocab_size: int) -> nn.Module:

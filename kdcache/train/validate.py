@@ -22,7 +22,7 @@ from kdcache.store import Store
 from kdcache.stream import Loader, StreamConfig
 from kdcache.targets.tensor import OutputHead
 from kdcache.train.config import DataConfig
-from kdcache.train.feed import Feed
+from kdcache.train.feed import held_out_feed
 from kdcache.train.student import StudentOutput, is_fused, run_student
 
 
@@ -40,6 +40,8 @@ class HeldOut:
             every label's.
         positions: That were counted.
         seconds: Of the whole pass.
+        bits_per_byte: Of the student on the text, where its tokenizer is not the teacher's; else None.
+        teacher_bits_per_byte: The teacher's on the same text.
     """
 
     cross_entropy: float
@@ -50,6 +52,8 @@ class HeldOut:
     teacher_cross_entropy: float | None
     positions: int
     seconds: float
+    bits_per_byte: float | None = None
+    teacher_bits_per_byte: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -90,10 +94,7 @@ def held_out(
         MismatchError: The student's vocabulary is smaller than the store's.
     """
     exact = head is not None and "hidden.final" in store.columns
-    feed = None
-    if store.manifest.kind != "causal_lm":
-        own = data or DataConfig()
-        feed = Feed(store, own.model_copy(update={"examples": own.validation_examples or own.examples}))
+    feed = None if store.manifest.kind == "causal_lm" else held_out_feed(store, data or DataConfig())
     config = StreamConfig(
         batch_size=batch_size,
         shuffle=False,

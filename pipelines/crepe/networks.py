@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.crepe.weights import read_tensors
+from pipelines.weights import read_tensors
 
 FULL, TINY = (1024, 128, 128, 128, 256, 512), (128, 16, 16, 16, 32, 64)
 """Channels of the six layers, of the published teacher and of the smallest published size."""
@@ -67,7 +67,7 @@ def student(vocab_size: int) -> nn.Module:
 
 
 def published(checkpoint: Path, channels: tuple[int, ...] = FULL) -> nn.Module:
-    """Return a published model; its checkpoint is read without unpickling it (see `weights`)."""
+    """Return a published model; its checkpoint is read without unpickling it (see `pipelines.weights`)."""
     model = Crepe(channels)
     own = {}
     for name, values in read_tensors(checkpoint).items():

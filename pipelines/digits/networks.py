@@ -10,13 +10,16 @@ class Convolutions(nn.Module):
     Args:
         width: Channels of the first layer; the second has twice as many.
         classes: Outputs.
+        dropout: Share of the hidden units that are dropped while it is trained.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, width, 5, stride=2, padding=2), nn.ReLU())
         self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 5, stride=2, padding=2), nn.ReLU())
         self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(2 * width * 49, 4 * width), nn.ReLU())
+        if dropout:
+            self.hidden.append(nn.Dropout(dropout))
         self.out = nn.Linear(4 * width, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -27,6 +30,16 @@ class Convolutions(nn.Module):
 def teacher(vocab_size: int = 10) -> nn.Module:
     """A network of 0.45 million weights."""
     return Convolutions(32, vocab_size)
+
+
+def dropping(vocab_size: int = 10) -> nn.Module:
+    """The teacher's kind, with a dropout that several passes through it can leave at work."""
+    return Convolutions(32, vocab_size, 0.3)
+
+
+def nothing(classes: int, pixels: Tensor) -> Tensor:
+    """Return answers [S, classes] that know nothing: a store of these carries labels to train a teacher from."""
+    return torch.zeros(len(pixels), classes)
 
 
 def student(vocab_size: int = 10) -> nn.Module:

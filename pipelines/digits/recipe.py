@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kdcache.capture.config import CaptureConfig
 from kdcache.classifiers.module import ModuleClassifier
 from kdcache.config import parse_config
 from kdcache.examples import Examples, write_examples
-from kdcache.seeds import compare_variants
+from kdcache.seeds import compare_variants, merged
 from pipelines.digits import networks
 
 TRAIN, HELD_OUT = 500, 4000
@@ -29,7 +30,7 @@ TRAIN, HELD_OUT = 500, 4000
 
 VIEWS = {"views": 8, "crop": 2, "operations": ["none", "none", "contrast", "erase"], "magnitude": 0.4}
 
-FITNET = {"teacher": "hidden", "student": "hidden", "normalise": True, "weight": 0.1}
+FEATURES = [{"name": "hidden"}, {"name": "second"}]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hard labels": {"loss": {"alpha": 0.0}},
@@ -107,18 +108,41 @@ def examples(out: Path) -> tuple[Examples, Examples]:
     return made[0], made[1]
 
 
-def store(out: Path, name: str, own: Examples, **sections: Any) -> Path:
-    """Capture the teacher's answers to some examples; return the store's folder."""
-    features = [{"name": "hidden"}, {"name": "second"}]
+def store(out: Path, name: str, own: Examples, changed: Mapping[str, Any], model: Any = None) -> Path:
+    """Capture a teacher's answers to some examples; return the store's folder.
+
+    Args:
+        out: Of the recipe.
+        name: Of the store.
+        own: The examples.
+        changed: Keys of the capture that the recipe does not set, or sets otherwise.
+        model: The teacher; default: that of the recipe, unless `changed` names one.
+    """
     tree = {
-        "examples": {"path": str(own.folder), "features": features, **sections},
+        "examples": {"path": str(own.folder)},
         "teacher": {"model": "pipelines.digits.networks:teacher", "device": "cpu"},
         "store": {"preset": "lossless"},
     }
-    config = parse_config(CaptureConfig, tree)
-    model = networks.trained(str(out / "teacher.safetensors"))
-    capture(config, out / name, classifier=ModuleClassifier(config.teacher, model))
+    config = parse_config(CaptureConfig, merged(tree, changed))
+    if model is None and "teacher" not in changed:
+        model = networks.trained(str(out / "teacher.safetensors"))
+    capture(config, out / name, classifier=None if model is None else ModuleClassifier(config.teacher, model))
     return out / name
+
+
+def settings(own: Examples, held: Examples, held_out: Path, epochs: int) -> dict[str, Any]:
+    """Return the training config that all variants share."""
+    return {
+        "student": {"factory": "pipelines.digits.networks:student"},
+        "data": {
+            "examples": str(own.folder),
+            "batch_size": 32,
+            "validation": str(held_out),
+            "validation_examples": str(held.folder),
+        },
+        "optim": {"learning_rate": 0.005, "warmup_steps": 50},
+        "run": {"epochs": epochs, "device": "cpu", "validate_every": 10**9},
+    }
 
 
 def main() -> None:
@@ -130,18 +154,9 @@ def main() -> None:
     given = arguments.parse_args()
     out: Path = given.out
     own, held = examples(out)
-    viewed, held_out = store(out, "store", own, augment=VIEWS), store(out, "held-out-store", held)
-    base = {
-        "student": {"factory": "pipelines.digits.networks:student"},
-        "data": {
-            "examples": str(own.folder),
-            "batch_size": 32,
-            "validation": str(held_out),
-            "validation_examples": str(held.folder),
-        },
-        "optim": {"learning_rate": 0.005, "warmup_steps": 50},
-        "run": {"epochs": given.epochs, "device": "cpu", "validate_every": 10**9},
-    }
+    viewed = store(out, "store", own, {"examples": {"features": FEATURES, "augment": VIEWS}})
+    held_out = store(out, "held-out-store", held, {"examples": {"features": FEATURES}})
+    base = settings(own, held, held_out, given.epochs)
     table = compare_variants(base, VARIANTS, viewed, out / "students", seeds=range(given.seeds))
     print(table.markdown())
 

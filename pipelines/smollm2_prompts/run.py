@@ -1,6 +1,6 @@
 """Sequence-level against token-level distillation on answers that the demo's teacher gives to prompts.
 
-    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 200] [--held-out 40] [--seeds 1]
+    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 150] [--held-out 40] [--seeds 3]
 
 Needs `make models`. Stopped, the same command goes on. Ends in the table of the README beside this file, written to
 `table.md` and `results.json`.
@@ -100,9 +100,9 @@ def main() -> None:
     """Ask, capture, train both ways, compare on prompts that no student has seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2_prompts"))
-    parser.add_argument("--prompts", type=int, default=200, help="to train on")
+    parser.add_argument("--prompts", type=int, default=150, help="to train on")
     parser.add_argument("--held-out", type=int, default=40, help="to measure on")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over train.yaml")
     arguments = parser.parse_args()
     out, teacher = arguments.out, str(teacher_folder())
@@ -116,7 +116,7 @@ def main() -> None:
     students, seconds = {}, {}
     for seed in range(arguments.seeds):
         for name, alpha in VARIANTS.items():
-            keys = [f"loss.alpha={alpha}", f"run.seed={seed}", *arguments.set]
+            keys = [f"student.model={teacher}", f"loss.alpha={alpha}", f"run.seed={seed}", *arguments.set]
             folder = out / f"alpha{alpha:g}-seed{seed}"
             done = train(load_config(TrainConfig, HERE / "train.yaml", keys), out / "store", folder)
             students[f"{name}, seed {seed}"], seconds[f"{name}, seed {seed}"] = folder, done.seconds

@@ -140,15 +140,38 @@ def teacher(out: Path) -> Path:
     return folder
 
 
-def store(out: Path, name: str, own: Examples, model: Path, features: list[dict[str, Any]]) -> Path:
-    """Capture the teacher's answers to some examples; return the store's folder."""
+def store(out: Path, name: str, own: Examples, model: Path, **kept: Any) -> Path:
+    """Capture the teacher's answers to some examples; return the store's folder.
+
+    Args:
+        out: Of the recipe.
+        name: Of the store.
+        own: The examples.
+        model: Folder of the teacher.
+        kept: `features` and `augment` of the examples.
+    """
     tree = {
-        "examples": {"path": str(own.folder), "features": features, "batch_size": 32},
+        "examples": {"path": str(own.folder), "batch_size": 32, **kept},
         "teacher": {"model": str(model), "task": "sequence-classification", "device": "cpu"},
         "store": {"preset": "lossless", "shard_positions": 512, "chunk_positions": 64},
     }
     capture(parse_config(CaptureConfig, tree), out / name)
     return out / name
+
+
+def settings(own: Examples, held: Examples, held_out: Path, epochs: int) -> dict[str, Any]:
+    """Return the training config that all variants share."""
+    return {
+        "student": {"config": STUDENT},
+        "data": {
+            "examples": str(own.folder),
+            "batch_size": 32,
+            "validation": str(held_out),
+            "validation_examples": str(held.folder),
+        },
+        "optim": {"learning_rate": 0.001, "warmup_steps": 20},
+        "run": {"epochs": epochs, "device": "cpu", "validate_every": 10**9},
+    }
 
 
 def main() -> None:
@@ -161,19 +184,8 @@ def main() -> None:
     out: Path = given.out
     own, held = examples(out)
     model = teacher(out)
-    trained = store(out, "store", own, model, FEATURES)
-    held_out = store(out, "held-out-store", held, model, [])
-    base = {
-        "student": {"config": STUDENT},
-        "data": {
-            "examples": str(own.folder),
-            "batch_size": 32,
-            "validation": str(held_out),
-            "validation_examples": str(held.folder),
-        },
-        "optim": {"learning_rate": 0.001, "warmup_steps": 20},
-        "run": {"epochs": given.epochs, "device": "cpu", "validate_every": 10**9},
-    }
+    trained = store(out, "store", own, model, features=FEATURES)
+    base = settings(own, held, store(out, "held-out-store", held, model), given.epochs)
     table = compare_variants(base, VARIANTS, trained, out / "students", seeds=range(given.seeds))
     print(table.markdown())
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.augment import NUMBERS, PARTNER, SAME, AugmentConfig, apply, draw
+from kdcache.augment.image import NUMBERS, PARTNER, SAME, ImageViews, apply, draw
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.classifiers.module import ModuleClassifier
@@ -77,7 +77,7 @@ def test_every_view_is_what_the_teacher_says_of_it(pixels: Examples, tmp_path: P
     store = viewed(pixels, tmp_path / "store", teacher)
     assert (len(store), store.num_positions, store.manifest.kind) == (COUNT, 3 * COUNT, "classifier")
     assert check(store) == []
-    settings = AugmentConfig(**VIEWS)
+    settings = ImageViews(**VIEWS)
     for number in (0, 41, 89):
         sample = store[number]
         drawn = draw(settings, [sample.id], np.asarray([number]), COUNT)
@@ -382,7 +382,7 @@ def test_a_small_store_has_a_small_shard(pixels: Examples, tmp_path: Path, teach
 
 
 def test_draws_depend_on_the_sample_and_the_view_alone() -> None:
-    config = AugmentConfig(**VIEWS)
+    config = ImageViews(**VIEWS)
     ids = [f"s{n}" for n in range(20)]
     whole = draw(config, ids, np.arange(20), 20)
     assert whole.shape == (20, 3, NUMBERS)
@@ -391,14 +391,14 @@ def test_draws_depend_on_the_sample_and_the_view_alone() -> None:
     assert whole[:, 0, SAME].all()
     assert not whole[:, 1:, SAME].any()
     assert (whole[:, :, PARTNER] != np.arange(20)[:, None]).all()
-    other = draw(AugmentConfig(**{**VIEWS, "seed": 1}), ids, np.arange(20), 20)
+    other = draw(ImageViews(**{**VIEWS, "seed": 1}), ids, np.arange(20), 20)
     assert not np.array_equal(whole, other)
 
 
 def test_augmented_pixels_are_the_same_bits_as_ever() -> None:
-    # a change of these digests is a change of augment.VERSION
+    # a change of these digests is a change of image.VERSION
     images = np.arange(6 * 2 * 5 * 7, dtype=np.uint32).reshape(6, 2, 5, 7).astype(np.uint8)
-    config = AugmentConfig(**{**VIEWS, "views": 6, "plain_first": False})
+    config = ImageViews(**{**VIEWS, "views": 6, "plain_first": False})
     drawn = draw(config, [f"s{n}" for n in range(6)], np.arange(6), 6)
     views = [apply(config, images, drawn[:, view], images[::-1]) for view in range(6)]
     found = views_digest([{"x": np.stack(views, 1)}], 0).hex()

@@ -23,7 +23,9 @@ from kdcache.errors import AccessError, ConfigError, MismatchError, SourceError,
 from kdcache.evaluate import evaluate
 from kdcache.export import ExportResult, export
 from kdcache.export.finished import load_finished
-from kdcache.export.measure import compare, inputs
+from kdcache.export.measure import compare
+from kdcache.export.text import random_inputs
+from kdcache.export.trial import Inputs
 from kdcache.store import open_store
 from kdcache.train import RESULT, train
 from kdcache.train.config import TrainConfig
@@ -54,6 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def inputs(samples: int, tokens: int, vocab_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    ids, mask = random_inputs(samples, tokens, vocab_size, seed).values()
+    return ids, mask
+
+
 def session_logits(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     logits: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
@@ -76,7 +83,7 @@ def test_every_format_says_what_it_is_and_measured(made: Path, exported: dict[st
         assert all((made / name / one.name).stat().st_size == one.bytes for one in result.files)
         assert "tokenizer.json" in {one.name for one in result.files}
         assert result.student_bytes == (made / "student" / "model.safetensors").stat().st_size
-        assert [(one.samples, one.tokens) for one in result.speeds] == [(1, 32), (8, 128)]
+        assert [(one.input, one.shape) for one in result.speeds] == [("input_ids", (1, 32)), ("input_ids", (8, 128))]
         for speed in result.speeds:
             for side in (speed.before, speed.after):
                 assert side.runs >= 20
@@ -84,12 +91,11 @@ def test_every_format_says_what_it_is_and_measured(made: Path, exported: dict[st
         before, after = result.quality_before, result.quality_after
         assert before is not None
         assert after is not None
-        assert before.cross_entropy == pytest.approx(reference.cross_entropy, rel=1e-5)
-        assert before.top1_agreement == pytest.approx(reference.top1_agreement, abs=1e-9)
+        for score in ("cross_entropy", "perplexity", "kl", "top1_agreement", "accuracy"):
+            assert before.scores[score] == pytest.approx(getattr(reference, score), rel=1e-4)
         assert before.positions == after.positions == reference.positions
         tolerance = 0.05 if name == "int8" else 1e-5
-        assert after.cross_entropy == pytest.approx(before.cross_entropy, rel=tolerance)
-        assert after.perplexity == pytest.approx(float(np.exp(after.cross_entropy)))
+        assert after.scores["cross_entropy"] == pytest.approx(before.scores["cross_entropy"], rel=tolerance)
         assert result.store_digest == open_store(made / "store").digest
         assert not result.already_complete
         assert not list(made.glob(".*.partial"))
@@ -170,7 +176,7 @@ def test_the_same_call_does_nothing_again_and_another_is_refused(
 def test_a_bfloat16_student_is_widened_where_the_format_has_to(made: Path, tmp_path: Path) -> None:
     student = trained(made / "store", tmp_path / "half", **{**STUDENT, "dtype": "bfloat16"})
     result = export(student, tmp_path / "onnx", "onnx")
-    assert result.notes == ["The weights were widened to float32."]
+    assert result.notes[0] == "The weights were widened to float32."
     assert result.parity.largest_difference < 1e-4
     kept = export(student, tmp_path / "kept", "safetensors")
     assert kept.model_bytes < 1.1 * kept.student_bytes
@@ -188,22 +194,25 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_students_made_by_factories(plain: Path, tmp_path: Path) -> None:
     student = trained(plain / "store", tmp_path / "r", factory="tests.export.students:Bigram")
-    with pytest.raises(ConfigError, match="for which vocabulary"):
-        export(student, tmp_path / "out", "onnx")
     result = export(student, tmp_path / "out", "onnx", store=plain / "store")
     assert result.parity.largest_difference < 1e-4
-    assert result.quality_before == pytest.approx(result.quality_after) or result.quality_after is not None
+    assert result.quality_before is not None
+    assert result.quality_after is not None
+    assert result.quality_before.scores == pytest.approx(result.quality_after.scores)
+    assert export(student, tmp_path / "alone", "onnx").parity == result.parity
     ids, mask = inputs(2, 9, 50, 1)
-    finished = load_finished(student, open_store(plain / "store"))
+    finished = load_finished(student, None)
     real = mask.astype(bool)
-    difference = session_logits(tmp_path / "out" / "model.onnx", ids, mask) - finished.logits(ids, mask)
+    expected = finished.run({"input_ids": ids, "attention_mask": mask})
+    difference = session_logits(tmp_path / "out" / "model.onnx", ids, mask) - expected
     assert np.abs(difference[real]).max() < 1e-4
     kept = export(student, tmp_path / "kept", "safetensors", store=plain / "store")
     assert "factory" in kept.notes[0]
     small = export(student, tmp_path / "int8", "int8", store=plain / "store")
     assert small.quality_after is not None
     assert small.quality_before is not None
-    assert small.quality_after.cross_entropy == pytest.approx(small.quality_before.cross_entropy, rel=0.05)
+    entropies = [one.scores["cross_entropy"] for one in (small.quality_before, small.quality_after)]
+    assert entropies[1] == pytest.approx(entropies[0], rel=0.05)
 
 
 @pytest.mark.slow
@@ -229,18 +238,18 @@ def test_inputs_are_never_longer_than_the_student_takes(plain: Path, tmp_path: P
     tiny.write_store(tmp_path / "store", rows=((9, 12), (7,)))
     student = trained(tmp_path / "store", tmp_path / "r", factory="tests.export.students:Short")
     result = export(student, tmp_path / "out", "safetensors", store=tmp_path / "store")
-    assert [(one.samples, one.tokens) for one in result.speeds] == [(1, 16), (8, 16)]
+    assert [one.shape for one in result.speeds] == [(1, 16), (8, 16)]
     assert max(tokens for _, tokens in result.parity.shapes) == 16
 
 
 def test_a_difference_above_the_tolerance_is_refused_and_so_is_nan(made: Path) -> None:
     student = load_finished(made / "student", None)
-    exact = compare(student, student.logits, tolerance=0.0)
+    exact = compare(student, student.run, tolerance=0.0)
     assert exact.largest_difference == 0
     for wrong in (1e-2, np.nan):
 
-        def other(ids: np.ndarray, mask: np.ndarray, wrong: float = wrong) -> np.ndarray:
-            logits = student.logits(ids, mask).copy()
+        def other(given: Inputs, wrong: float = wrong) -> np.ndarray:
+            logits = student.run(given).copy()
             logits[0, 0, 7] += wrong
             return logits
 
@@ -261,7 +270,7 @@ def test_what_cannot_be_exported_is_refused_with_a_sentence(made: Path, plain: P
     path = tmp_path / "classifier" / "config.json"
     document = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
     path.write_text(json.dumps(document))
-    with pytest.raises(UnsupportedError, match="classifier"):
+    with pytest.raises(UnsupportedError, match="neither"):
         export(tmp_path / "classifier", tmp_path / "out", "onnx")
     tiny.write_store(tmp_path / "wide", vocabulary=400)
     with pytest.raises(MismatchError, match="vocabulary is 400"):
@@ -319,9 +328,9 @@ def test_from_the_command_line(made: Path, tmp_path: Path, run: Run) -> None:  #
     code, out, _ = run(*arguments, "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["quality_before"]["top1_agreement"] == found["quality_after"]["top1_agreement"]
+    assert found["quality_before"]["scores"] == found["quality_after"]["scores"]
     code, out, _ = run(*arguments, "-q")
-    assert (code, "nothing to do" in out, "8 x 128 tokens" in out, "perplexity" in out) == (0, True, True, True)
+    assert (code, "nothing to do" in out, "8 x 128 input_ids" in out, "perplexity" in out) == (0, True, True, True)
     code, out, _ = run("export", made / "student", "--to", "gguf", "--out", tmp_path / "g", "--json")
     assert (code, json.loads(out)["error"]) == (2, "ConfigError")
 

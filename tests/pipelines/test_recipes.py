@@ -12,11 +12,11 @@ import torch
 
 from kdcache.config import parse_config
 from kdcache.train.config import TrainConfig
-from pipelines.crepe.weights import read_tensors
 from pipelines.digits import networks
 from pipelines.digits.recipe import VARIANTS as DIGITS
 from pipelines.spam.recipe import STUDENT
 from pipelines.spam.recipe import VARIANTS as SPAM
+from pipelines.weights import read_tensors
 
 
 def test_a_checkpoint_is_read_without_unpickling(tmp_path: Path) -> None:

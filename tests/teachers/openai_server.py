@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdcache.teachers._spelling import is_text, token_bytes
+from kdcache.teachers._spelling import is_text
+from kdcache.tokenizer import token_bytes
 from tests import tiny
 
 

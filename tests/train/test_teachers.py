@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.augment import AugmentConfig
+from kdcache.augment import ImageViews
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.classifiers.module import ModuleClassifier
@@ -275,7 +275,7 @@ def test_teachers_of_views_of_examples(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(40)]
     examples = write_examples(tmp_path / "ex", ids=ids, pixels=images, label=labels)
     models = [networks.teacher(networks.Conv, width, 5) for width in (8, 6)]
-    settings = AugmentConfig(**VIEWS).model_dump(mode="json")
+    settings = ImageViews(**VIEWS).model_dump(mode="json")
     main = classifier_store(examples.folder, tmp_path / "a", models[0], augment=settings)
     classifier_store(examples.folder, tmp_path / "b", models[1], augment=settings)
     other = permuted(tmp_path / "b", tmp_path / "p")

@@ -22,6 +22,7 @@ from kdcache.store import open_store
 from kdcache.train import METRICS, TrainProgress, train
 from kdcache.train.config import TrainConfig
 from tests import tiny
+from tests.killed import killed_at
 
 STUDENT = {
     "config": {
@@ -90,18 +91,9 @@ def test_resuming_at_every_step_is_exact_to_the_bit(captured: Path, tmp_path: Pa
     train(config, captured / "top", tmp_path / "whole")
     reference = losses(tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
     for step in (1, 2, 4, 6) if workers == 0 else (3,):
         folder = tmp_path / f"killed-{step}"
-
-        def die(state: TrainProgress, step: int = step) -> None:
-            if state.step == step:
-                raise Killed
-
-        with pytest.raises(Killed):
-            train(config, captured / "top", folder, progress=die)
+        killed_at(step, config, captured / "top", folder)
         train(config, captured / "top", folder)
         assert losses(folder) == reference
         same = (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -112,15 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(captured: Path, 
     config = config_of(run={"steps": 6, "device": "cpu", "checkpoint_every": 2})
     train(config, captured / "top", tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    def die(state: TrainProgress) -> None:
-        if state.step == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(config, captured / "top", tmp_path / "r", progress=die)
+    killed_at(5, config, captured / "top", tmp_path / "r")
     newest = sorted((tmp_path / "r" / "checkpoints").iterdir())[-1]
     (newest / "model.safetensors").write_bytes(b"torn")
     train(config, captured / "top", tmp_path / "r")

@@ -1,19 +1,18 @@
-"""Augmentations that are drawn once, stored as numbers, and done again to the bit.
+"""Views of images: whole-pixel moves, flips and a few arithmetic operations in a fixed order.
 
 Legend: `S` samples, `C` channels, `H` height, `W` width, `P` = 9 numbers a view.
 
-What is drawn for a sample and a view depends on (seed, sample id, view) alone, by a keyed hash: not on order, batch or
-process. The numbers lie in the store's column `augmentation`, and the digest of the changed pixels in its sample table,
-so that a student's loader proves that it sees what the teacher saw. Only whole-pixel moves, flips and a few arithmetic
-operations in a fixed order are made: they give the same bits with any release of numpy. `VERSION` changes with them.
+These give the same bits with any release of numpy. `VERSION` changes with them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from kdcache.augment.kind import Read
 from kdcache.config import Section
 from kdcache.fingerprint import digest_bytes
 
@@ -25,13 +24,16 @@ NUMBERS = 9
 """Of a view: crop offset down and right in pixels, whether mirrored, operation and magnitude, partner's place among the
 examples (or -1) and its share, the view's number, and whether nothing is done at all."""
 
+SAID = "crop down, right; mirrored; operation, magnitude; partner's place, its share; view; 1 if nothing is done"
+
 OPERATIONS = ("none", "brightness", "contrast", "invert", "erase")
 
 
-class AugmentConfig(Section):
+class ImageViews(Section):
     """What is drawn for every view of an image.
 
     Attributes:
+        kind: image.
         field: That is augmented, [S, C, H, W] or [S, H, W].
         views: V, drawn for each sample; training takes one an epoch in turn.
         plain_first: View 0 is the image as it is.
@@ -43,6 +45,8 @@ class AugmentConfig(Section):
         seed: Of the draws.
     """
 
+    # not written to a store: the first stores had no other kind
+    kind: Literal["image"] = Field(default="image", exclude=True)
     field: str = "pixels"
     views: int = 1
     plain_first: bool = True
@@ -54,7 +58,19 @@ class AugmentConfig(Section):
     seed: int = 0
 
 
-def draw(config: AugmentConfig, ids: Sequence[str], places: Array, count: int) -> NDArray[np.float32]:
+def aligned(config: ImageViews) -> bool:
+    """Say whether what has a value for each place still fits a view: a model answers for whole images."""
+    return True
+
+
+def plain(count: int) -> NDArray[np.float32]:
+    """Return the numbers [count, P] of images as they are."""
+    found = np.zeros((count, NUMBERS), dtype=np.float32)
+    found[:, PARTNER], found[:, SAME] = -1, 1
+    return found
+
+
+def draw(config: ImageViews, ids: Sequence[str], places: Array, count: int) -> NDArray[np.float32]:
     """Return the numbers [S, V, P] of every view of some samples.
 
     Args:
@@ -84,7 +100,19 @@ def draw(config: AugmentConfig, ids: Sequence[str], places: Array, count: int) -
     return found
 
 
-def apply(config: AugmentConfig, images: Array, numbers: Array, partners: Array) -> Array:
+def touched(config: ImageViews) -> tuple[str, ...]:
+    """Return the fields that a view changes."""
+    return (config.field,)
+
+
+def view(config: ImageViews, numbers: Array, places: NDArray[np.int64], read: Read) -> dict[str, Array]:
+    """Return the changed images of one view of some samples; as `kdcache.augment.view`."""
+    partner = numbers[:, PARTNER].astype(np.int64)
+    own, others = (read(at, [config.field])[config.field] for at in (places, np.where(partner < 0, places, partner)))
+    return {config.field: apply(config, own, numbers, others)}
+
+
+def apply(config: ImageViews, images: Array, numbers: Array, partners: Array) -> Array:
     """Return images as their numbers say, in their dtype; the same bits each time.
 
     Args:
