@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "features": {
         **BOTH,
         "T = 1, hidden features": {"loss": {"hidden": HINTS}},
+        "T = 1, last hidden state, a tenth": {"loss": {"hidden": [{**HINTS[-1], "weight": 0.1}]}},
         "T = 1, half hard labels": {"loss": {"alpha": 0.5}},
     },
     "tails": {
