@@ -19,9 +19,9 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 class Section(BaseModel):
-    """A group of keys: frozen, and refusing keys it does not declare."""
+    """A group of keys: frozen, and refusing keys it does not declare, and numbers that are NaN or infinite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -109,7 +109,8 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigE
             lines.append(f"key {key!r} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ").rstrip(".")
-            lines.append(f"key {key!r}: {message[:1].lower()}{message[1:]}")
+            # what several groups break together has no key of its own
+            lines.append(f"{f'key {key!r}: ' if key else ''}{message[:1].lower()}{message[1:]}")
     return ConfigError(f"The config does not fit: {'; '.join(lines)}.", where=where, hint=hint)
 
 

@@ -226,14 +226,24 @@ def _require_same(store: Store, found: Mapping[str, Any], members: tuple[str, ..
         )
 
 
+def _skipped(both: _Both) -> NDArray[np.bool_]:
+    """Return the positions where the teacher has no numbers, and had none when it was captured: zeros stand there."""
+    numbers, told = np.isfinite(both.live.logits).all(axis=-1), both.stored.logits.any(axis=-1)
+    return np.asarray(~(numbers | told), dtype=np.bool_)
+
+
 def _compared(report: Report, pairs: Iterator[_Both], rows: int) -> Report:
     compared, same, largest, total, room = 0, 0, 0.0, 0.0, 0.0
     shares: dict[str, list[tuple[float, float, float]]] = {}
     for both in pairs:
         # the same ids may change places where logits are close: compare rank by rank
-        difference = np.abs(both.live.logits - both.stored.logits)
+        kept = ~_skipped(both)
+        # logits that are no numbers are as far off as can be
+        difference = np.nan_to_num(np.abs(both.live.logits - both.stored.logits)[kept], nan=np.inf)
         count = len(difference)
-        same += int((both.live.ids[:, 0] == both.stored.ids[:, 0]).sum())
+        if count == 0:
+            continue
+        same += int((both.live.ids[kept, 0] == both.stored.ids[kept, 0]).sum())
         largest = max(largest, float(difference.max()))
         total += float(difference.mean()) * count
         room += both.room * count
@@ -244,6 +254,8 @@ def _compared(report: Report, pairs: Iterator[_Both], rows: int) -> Report:
         if compared >= rows:
             break
     problems = list(report.problems)
+    if not compared:
+        return report
     if same / compared < 0.9 or total > room:
         what = f"the live teacher says something else: same first candidate at {same / compared:.3f} of the positions"
         problems.append(Problem("columns/head_logits", what))

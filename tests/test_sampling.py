@@ -5,17 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
-from kdcache.errors import MismatchError
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.losses.difficulty import scores
 from kdcache.store import open_store
 from kdcache.store.schema import COUNTS
 from kdcache.stream import Loader, SamplingConfig, StreamConfig, sample_order
 from kdcache.stream.sampling import drawn_counts, sample_weights
+from kdcache.targets.tensor import TensorTargets
 from kdcache.train import train
 from tests import tiny
 from tests.killed import killed_at
@@ -112,3 +115,33 @@ def test_training_goes_on_exactly_and_another_sampling_is_refused(captured: Path
         Loader(captured, StreamConfig(sampling=SamplingConfig(by="margin"))).load_state_dict(state)
     with pytest.raises(MismatchError):
         Loader(captured, StreamConfig()).load_state_dict(state)
+
+
+def test_what_sampling_does_not_go_with_is_refused() -> None:
+    by = {"by": "entropy"}
+    with pytest.raises(ConfigError, match="sampling goes with shuffle"):
+        config_of(data={"sampling": by, "shuffle": False})
+    with pytest.raises(ValueError, match="sampling goes with shuffle"):
+        StreamConfig(sampling=SamplingConfig(by="entropy"), shuffle=False)
+    with pytest.raises(ConfigError, match=r"fit: data\.sampling repeats samples"):
+        config_of(data={"sampling": by}, loss={"hidden": [{"kind": "crd"}]})
+    with pytest.raises(ConfigError, match=r"data\.sampling\.power"):
+        config_of(data={"sampling": {**by, "power": float("nan")}})
+
+
+@pytest.mark.parametrize("power", [-900.0, 900.0])
+def test_no_power_makes_weights_that_are_no_numbers(captured: Path, power: float) -> None:
+    store = open_store(captured)
+    weights = sample_weights(store, SamplingConfig(by="entropy", power=power, least=0.5))
+    assert np.isfinite(weights).all()
+    assert weights.sum() == pytest.approx(len(store))
+    plain = sample_weights(store, SamplingConfig(by="entropy"))
+    assert (weights.argmax() == plain.argmax()) == (power > 0)
+
+
+def test_a_label_that_the_teacher_holds_impossible_is_hard_and_not_all_there_is() -> None:
+    ids, logits = torch.tensor([[0, 1]] * 3), torch.tensor([[0.7, 0.3]] * 3).log()
+    label = torch.tensor([-torch.inf, torch.nan, logits[0, 1]])
+    targets = TensorTargets(ids, logits, torch.full((3, 8), -torch.inf), label, 2)
+    found = scores("teacher_loss", targets, torch.tensor([1, 1, 1]))
+    assert found.tolist() == pytest.approx([1e4, 0.0, -float(logits[0, 1])])

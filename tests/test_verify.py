@@ -1,14 +1,17 @@
 """Verification: against the manifest, and against the live teacher."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
 from kdcache.errors import MismatchError
 from kdcache.teachers import TeacherConfig, load_teacher
+from kdcache.teachers.callable import CallableTeacher
 from kdcache.verify import verify
 from tests import tiny
 
@@ -42,6 +45,33 @@ def test_a_teacher_that_claims_to_be_the_captured_one_but_answers_otherwise_is_f
     report = verify(store, teacher=other)
     assert [problem.path for problem in report.problems] == ["columns/head_logits"]
     assert report.as_dict()["ok"] is False
+
+
+def test_positions_that_were_skipped_hide_no_difference_of_others(tmp_path: Path) -> None:
+    tree = tiny.capture_tree(tmp_path)
+
+    def teacher(scale: float, *, sick: bool = True) -> CallableTeacher:
+        def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            table = scale * torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+            logits = table[ids]
+            logits[ids % 11 == 3] = math.nan if sick else 1.0
+            return logits
+
+        made = CallableTeacher(TeacherConfig(model="x:y", tokenizer=tree["teacher"]["model"]), forward)
+        made.__dict__["fingerprint"] = {"kind": "callable", "name": "x:y", "vocab_size": 300}
+        return made
+
+    tree["targets"]["on_invalid"] = "skip"
+    capture(parse_config(CaptureConfig, tree), tmp_path / "store", teacher=teacher(1.0))
+    same = verify(tmp_path / "store", teacher=teacher(1.0), rows=50)
+    assert same.problems == ()
+    assert same.rows_compared >= 50
+    assert same.mean_logit_difference is not None
+    assert same.mean_logit_difference < 1 / 128
+    # the same order of candidates, twice as far apart; and a teacher that has nothing to say
+    for other in (teacher(2.0), teacher(2.0, sick=False), teacher(math.nan)):
+        found = verify(tmp_path / "store", teacher=other, rows=50)
+        assert [one.path for one in found.problems] == ["columns/head_logits"]
 
 
 def test_quick_sees_sizes_and_full_sees_every_bit(captured: tuple[Path, str]) -> None:

@@ -8,9 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kdcache.losses import FLOOR
 from kdcache.targets.tensor import TensorTargets
 
 Score = Literal["teacher_loss", "entropy", "confidence", "margin", "correct"]
+
+OF_LABELS = ("teacher_loss", "correct")
+"""Scores that look at the label."""
 
 NOT_CORRECT = 0.1
 """Score of a position where the teacher puts another id than the label first; 1 where it is right."""
@@ -19,7 +23,7 @@ NOT_CORRECT = 0.1
 def scores(by: Score, targets: TensorTargets, labels: Tensor) -> Tensor:
     """Return the score [N] of every position, all at T = 1.
 
-    `teacher_loss` (nats of the label; 0 where the teacher did not tell it), `entropy` (nats, see `entropy`),
+    `teacher_loss` (nats of the label, at most 10,000; 0 where the teacher did not tell it), `entropy` (nats, see it),
     `confidence` (the largest probability), `margin` (between the two largest probabilities), `correct` (1 where the
     teacher puts the label first, else 0.1).
 
@@ -32,7 +36,8 @@ def scores(by: Score, targets: TensorTargets, labels: Tensor) -> Tensor:
         return entropy(targets)
     whole = targets.log_partition(1.0)
     if by == "teacher_loss":
-        return (whole - targets.label_logit).nan_to_num(0.0)
+        # a label that it holds impossible counts as everywhere else: not without limit
+        return (whole - targets.label_logit).nan_to_num(0.0, posinf=-FLOOR)
     if by == "correct":
         return torch.where(targets.ids[:, 0] == labels, 1.0, NOT_CORRECT)
     p = (targets.logits - whole[:, None]).exp()

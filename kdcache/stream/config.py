@@ -1,5 +1,7 @@
 """How a store is read."""
 
+from pydantic import model_validator
+
 from kdcache.config import Section
 from kdcache.stream.sampling import SamplingConfig
 
@@ -38,3 +40,9 @@ class StreamConfig(Section):
     workers: int = 0
     rank: int = 0
     world_size: int = 1
+
+    @model_validator(mode="after")
+    def _drawn(self) -> "StreamConfig":
+        if self.sampling is not None and not self.shuffle:
+            raise ValueError("sampling goes with shuffle: the store's own order has each sample once")
+        return self

@@ -49,7 +49,9 @@ def sample_weights(store: Store, config: SamplingConfig) -> NDArray[np.float64]:
         counts = (shard.columns["loss_mask"] == COUNTS).astype(np.float64)
         sums, count = (np.diff(np.append(0.0, one.cumsum())[shard.offsets]) for one in (each * counts, counts))
         found.append(sums / np.maximum(1.0, count))
-    score = np.maximum(LEAST, np.concatenate(found)) ** config.power
+    # scaled to a largest of 1, so that no power is infinite
+    power = config.power * np.log(np.maximum(LEAST, np.concatenate(found)))
+    score = np.exp(power - power.max())
     weights: NDArray[np.float64] = config.least + (1 - config.least) * score * (len(score) / score.sum())
     return weights
 

@@ -140,6 +140,12 @@ class DataConfig(Section):
     teachers: tuple[TeacherStoreConfig, ...] = ()
     weight: float = Field(default=1.0, gt=0)
 
+    @model_validator(mode="after")
+    def _drawn(self) -> "DataConfig":
+        if self.sampling is not None and not self.shuffle:
+            raise ValueError("sampling goes with shuffle: the store's own order has each sample once")
+        return self
+
 
 class HiddenLossConfig(Section):
     """One pair of layers that are made alike.
@@ -303,3 +309,10 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "TrainConfig":
+        kinds = [*(one.kind for one in self.loss.hidden), *([self.loss.pairs.kind] if self.loss.pairs else [])]
+        if self.data.sampling is not None and "crd" in kinds:
+            raise ValueError("data.sampling repeats samples, and crd tells each sample of a batch from the others")
+        return self

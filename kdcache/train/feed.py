@@ -18,6 +18,7 @@ from kdcache.augment import views_of
 from kdcache.batch import Batch
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.examples import LABEL, Examples, view_inputs, views_digest
+from kdcache.losses.difficulty import OF_LABELS
 from kdcache.store import Store
 from kdcache.train.config import DataConfig, LossConfig
 from kdcache.train.schedule import extremes
@@ -54,7 +55,7 @@ class Feed:
                 where="data.examples",
                 hint="Give the folder of examples that it was captured from, or others with the same ids.",
             )
-        self._store = store
+        self._store, self._data = store, data
         self._examples = Examples(data.examples)
         capture: dict[str, Any] = store.manifest.part("capture") or {}
         self._seen: dict[str, Any] = capture.get("examples") or {}
@@ -75,11 +76,12 @@ class Feed:
         return bool((self._store.manifest.part("capture") or {}).get("labelled"))
 
     def require_labels(self, loss: LossConfig) -> None:
-        """Refuse a loss of labels that the store does not have.
+        """Refuse a loss of labels that the store does not have, and scores of what it does not say.
 
         Raises:
             MismatchError: There are none, or they are classes where values are needed, or the other way round.
         """
+        self._require_scores(loss)
         if extremes(loss.alpha)[0] == 1:
             return
         values = "label_values" in self._store.columns
@@ -90,6 +92,19 @@ class Feed:
                 where="loss.alpha",
                 hint="Set loss.alpha=1, or loss.hard as the labels are.",
             )
+
+    def _require_scores(self, loss: LossConfig) -> None:
+        values = "label_values" in self._store.columns or loss.divergence in ("sigmoid", "regression")
+        for where, one in (("data.sampling", self._data.sampling), ("loss.weights", loss.weights)):
+            if one is None or one.by == "student_loss":
+                continue
+            if values or (one.by in OF_LABELS and not self.labelled):
+                raise MismatchError(
+                    f"The score {one.by} is of classes, and the store's "
+                    + ("outputs are values." if values else "examples have no labels."),
+                    where=f"{where}.by",
+                    hint=f"Leave {where} out" + ("." if values else ", or use entropy, confidence or margin."),
+                )
 
     def fill(self, batch: Batch, epoch: int) -> Batch:
         """Return a batch with one view of each sample, that of the epoch's turn, and the student's inputs."""

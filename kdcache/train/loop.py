@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import nn
 
 from kdcache.batch import Batch
@@ -147,15 +149,16 @@ class Run:
                     )
                 if self._due(self._config.run.validate_every) and self._config.data.validation:
                     stopped_early = self._validate()
-                if stopped.is_set() and self._state.step < self._steps:
+                # before the checkpoint of a stop, from which the run goes on with the next step
+                if self._config.run.snapshot_every and self._state.step % self._config.run.snapshot_every == 0:
+                    self._save_part(f"{SNAPSHOTS}/step-{self._state.step:08d}", self._plain.student)
+                if self._anywhere(stopped.is_set()) and self._state.step < self._steps:
                     self._save()
                     raise Interrupted(
                         f"The run was stopped at step {self._state.step} of {self._steps}; a checkpoint was written.",
                         where=str(self._root),
                         hint="Run the same command again to go on.",
                     )
-                if self._config.run.snapshot_every and self._state.step % self._config.run.snapshot_every == 0:
-                    self._save_part(f"{SNAPSHOTS}/step-{self._state.step:08d}", self._plain.student)
                 if self._due(self._config.run.checkpoint_every) and bad == 0:
                     self._save()
                     last_saved = self._state.step
@@ -198,7 +201,8 @@ class Run:
                 self._accelerator.backward(terms["loss"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-        finite = all(torch.isfinite(torch.tensor(value)) for value in sums.values())
+        # of all ranks: each has the gradients of all
+        finite = not self._anywhere(not all(math.isfinite(value) for value in sums.values()))
         rate = learning_rate(config.optim, step, self._steps)
         if finite:
             if config.optim.clip_norm:
@@ -251,7 +255,8 @@ class Run:
             chunk=self._config.loss.chunk_positions or None,
         )
         self._validation, self._validated = found, self._state.step
-        value = getattr(found, self._config.run.metric)
+        # ranks may differ in the last bits and in what batch norms have seen: the first one's decides
+        value = float(broadcast(torch.tensor(getattr(found, self._config.run.metric), device=self._accelerator.device)))
         self._record.note({"step": self._state.step, "validation": asdict(found)})
         if self._state.best is None or value < self._state.best:
             self._state.best, self._state.best_step, self._state.since_best = value, self._state.step, 0
@@ -305,6 +310,13 @@ class Run:
         config = self._config.model_dump(mode="json")
         document = {"identity": identity, "config": config, "result": result, "outputs": self._outputs}
         write_object(folder, RESULT, json.dumps(document, indent=2).encode())
+
+    def _anywhere(self, happened: bool) -> bool:
+        """Say whether something happened in any rank: they go on, leave out and stop together."""
+        if self._accelerator.num_processes == 1:
+            return happened
+        told = torch.tensor(float(happened), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(told, reduction="sum") > 0)
 
     def _due(self, every: int) -> bool:
         """Whether something is due after this step: every so many steps, or (0) at the end of an epoch."""

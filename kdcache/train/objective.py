@@ -140,7 +140,7 @@ class Objective(nn.Module):
             "hidden": hidden / positions,
         }
         loss = alpha * soft + (1 - alpha) * terms["cross_entropy"] + terms["hidden"]
-        if self.learned is not None and len(rows):
+        if self.learned is not None:
 
             def tried(value: float) -> Tensor:
                 return self._terms(batch, output, rows, max(alpha, 1e-6), value)[0].sum() * value**2 / positions
@@ -295,10 +295,11 @@ def _require_sense(config: LossConfig) -> None:
         raise ConfigError("A temperature is positive.", where="loss.temperature")
     if isinstance(config.temperature, float | Schedule):
         return
-    if high == 0 or config.hard != "cross_entropy" or config.divergence == "dist":
-        # dist compares positions with each other, which have no temperature in common
+    blunt = config.divergence in RESPONSES and not response(config.divergence).tempered
+    if high == 0 or config.hard != "cross_entropy" or config.divergence == "dist" or blunt:
+        # dist compares positions with each other, which have no temperature in common; some losses know none
         raise ConfigError(
-            "A temperature by entropy or a learned one is for a divergence at every position.",
+            "A temperature by entropy or a learned one is for a divergence at every position that T softens.",
             where="loss.temperature",
             hint="Set loss.temperature to a number or a schedule.",
         )

@@ -322,6 +322,19 @@ def test_a_store_without_labels_trains_on_the_teacher_alone(pixels: Examples, tm
     tree = train_tree(bare, loss={"alpha": 0.9})
     with pytest.raises(MismatchError, match="no labels"):
         train(parse_config(TrainConfig, tree), tmp_path / "store", tmp_path / "run")
+    # scores of labels that are not there would be those of class 0
+    by, store = {"by": "correct"}, open_store(tmp_path / "store")
+    for loss, data in (({"weights": by}, {}), ({}, {"sampling": by})):
+        tree = train_tree(bare, loss={"alpha": 1.0, **loss})
+        config = parse_config(TrainConfig, {**tree, "data": {**tree["data"], **data}})
+        with pytest.raises(MismatchError, match="have no labels"):
+            Feed(store, config.data).require_labels(config.loss)
+    entropy = train_tree(bare, loss={"alpha": 1.0, "weights": {"by": "entropy"}})
+    config = parse_config(TrainConfig, entropy)
+    Feed(store, config.data).require_labels(config.loss)
+    values = config.loss.model_copy(update={"divergence": "regression"})
+    with pytest.raises(MismatchError, match="outputs are values"):
+        Feed(store, config.data).require_labels(values)
     assert train(
         parse_config(TrainConfig, train_tree(bare, loss={"alpha": 1.0})), tmp_path / "store", tmp_path / "run"
     ).steps

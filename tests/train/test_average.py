@@ -1,6 +1,8 @@
 """The mean of a student's weights, and its earlier states: right, resumed exactly, and usable as a run is."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from torch import nn
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
-from kdcache.errors import MismatchError
+from kdcache.errors import Interrupted, MismatchError
 from kdcache.evaluate import evaluate
-from kdcache.train import train
+from kdcache.train import TrainProgress, train
 from kdcache.train.average import Average
 from tests import tiny
 from tests.killed import killed_at
@@ -82,3 +84,17 @@ def test_the_mean_and_a_snapshot_are_measured_and_taught_from_like_a_run(capture
     record = json.loads((tmp_path / "run" / "snapshots/step-00000002" / "train.json").read_text())
     assert record["result"] == {"steps": 2}
     assert not list((tmp_path / "run").glob("snapshots/step-00000003"))
+
+
+def test_a_stop_at_a_snapshots_step_leaves_the_snapshot(captured: Path, tmp_path: Path) -> None:
+    config = config_of(run={"steps": 6, "device": "cpu", "snapshot_every": 2})
+
+    def stop(progress: TrainProgress) -> None:
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(config, captured, tmp_path / "run", progress=stop)
+    train(config, captured, tmp_path / "run")
+    found = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert found == ["step-00000002", "step-00000004", "step-00000006"]

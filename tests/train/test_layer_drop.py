@@ -83,6 +83,14 @@ def test_a_number_of_layers_is_spread_from_the_first_to_the_last() -> None:
         ] == expected
 
 
+def test_as_many_ids_that_end_a_text_as_layers_stay() -> None:
+    torch.manual_seed(0)
+    sizes = {**MODELS["llama"][1], "eos_token_id": [1, 2, 3, 4, 5, 6]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    keep_layers(model, 2)
+    assert model.config.eos_token_id == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("layers", [0, 7, (), (0, 1), (2, 2), (3, 1), (1, 7)])
 def test_layers_that_are_not_there_are_refused(layers: Any) -> None:
     with pytest.raises(ConfigError, match="layers"):
@@ -93,6 +101,30 @@ def test_a_model_without_one_stack_of_layers_is_refused() -> None:
     sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2, "vocab_size": 50}
     with pytest.raises(ConfigError, match="stacks"):
         keep_layers(AutoModel.from_config(AutoConfig.for_model("t5", **sizes)), 1)
+
+
+SIX = {**SMALL, "num_hidden_layers": 6, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (
+            "qwen3_moe",
+            {**SIX, **EXPERTS, "mlp_only_layers": [1, 2]},
+        ),
+        ("diffllama", {**SMALL, "num_hidden_layers": 6, "num_key_value_heads": 2}),
+        (
+            "gpt_neo",
+            {"hidden_size": 16, "num_heads": 2, "num_layers": 6, "attention_types": [[["global", "local"], 3]]},
+        ),
+    ],
+)
+def test_layers_that_would_load_as_others_are_refused(kind: str, sizes: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{"vocab_size": 50, **sizes}))
+    with pytest.raises(ConfigError, match="is not what its configuration makes"):
+        keep_layers(model, [1, 4, 6])
 
 
 def test_layers_are_kept_of_a_checkpoint_only() -> None:

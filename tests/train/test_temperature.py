@@ -133,6 +133,15 @@ def test_a_learned_temperature_moves_and_resumes_to_the_bit(captured: Path, tmp_
     assert losses(tmp_path / "stopped", "temperature") == temperatures
 
 
+def test_a_batch_in_which_nothing_counts_has_a_gradient_of_zero(captured: Path) -> None:
+    # ranks wait for the gradients of all parameters, whatever their batches hold
+    learned, batch = objective(captured, {"towards": "harder"})
+    learned(replace(batch, mask=torch.zeros_like(batch.mask)), 0.7, 1.0, 1.0)["loss"].backward()
+    assert learned.learned is not None
+    assert learned.learned.x.grad is not None
+    assert float(learned.learned.x.grad) == 0
+
+
 def test_the_learned_temperature_is_no_part_of_the_student(captured: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -147,6 +156,9 @@ def test_the_learned_temperature_is_no_part_of_the_student(captured: Path, tmp_p
         {"temperature": BOTH, "tail": "exact"},
         {"temperature": BOTH, "alpha": 0.0},
         {"temperature": {"towards": "harder"}, "divergence": "dist"},
+        {"temperature": {"towards": "harder"}, "divergence": "logit_mse"},
+        {"temperature": BOTH, "divergence": "ranking"},
+        {"temperature": {"sure": math.nan, "unsure": 1.0}},
         {"temperature": {"sure": -1.0, "unsure": 1.0}},
         {"temperature": {"towards": "harder", "low": 5.0}},
     ],
