@@ -48,13 +48,13 @@ class ImageViews(Section):
     # not written to a store: the first stores had no other kind
     kind: Literal["image"] = Field(default="image", exclude=True)
     field: str = "pixels"
-    views: int = 1
+    views: int = Field(default=1, ge=1)
     plain_first: bool = True
-    crop: int = 0
+    crop: int = Field(default=0, ge=0)
     flip: bool = False
     operations: tuple[str, ...] = ("none",)
-    magnitude: float = 0.3
-    mix: float = 0.0
+    magnitude: float = Field(default=0.3, ge=0, le=1)
+    mix: float = Field(default=0.0, ge=0, le=1)
     seed: int = 0
 
 

@@ -283,7 +283,8 @@ class RunConfig(Section):
         metric: What early stopping looks at.
         snapshot_every: Steps between students that are kept under `snapshots/`; 0 keeps none. Each is used as a run's
             folder is: by eval, by export, or as a teacher.
-        ema: Decay of the running mean of the student's weights, such as 0.999, kept under `ema/`; 0 keeps none.
+        ema: Decay of the running mean of the student's weights, such as 0.999, kept under `ema/` as it is when the run
+            ends; 0 keeps none.
         patience: Validations without a better metric before stopping; 0 never stops early.
     """
 
@@ -315,4 +316,10 @@ class TrainConfig(Section):
         kinds = [*(one.kind for one in self.loss.hidden), *([self.loss.pairs.kind] if self.loss.pairs else [])]
         if self.data.sampling is not None and "crd" in kinds:
             raise ValueError("data.sampling repeats samples, and crd tells each sample of a batch from the others")
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> "TrainConfig":
+        if self.run.patience and self.data.validation is None:
+            raise ValueError("run.patience looks at a held-out store, which data.validation names")
         return self

@@ -95,10 +95,13 @@ class Lite(nn.Module):
         size: Of `SIZES`.
         classes: Outputs.
         shrink: Each square of so many pixels becomes their mean first; 1 for none.
+        settled: Whether batch norms keep their means and variances while the rest is trained: those of a small batch
+            of small pictures are too far from what the published weights expect.
     """
 
-    def __init__(self, size: str, classes: int = 1000, shrink: int = 1) -> None:
+    def __init__(self, size: str, classes: int = 1000, shrink: int = 1, *, settled: bool = False) -> None:
         super().__init__()
+        self.settled = settled
         width, depth = SIZES[size]
         self.shrink = shrink
         self.stem = Convolution(3, STEM, 3, 2)
@@ -113,6 +116,15 @@ class Lite(nn.Module):
             inputs = outputs
         self.head = Convolution(inputs, HEAD)
         self.classifier = nn.Linear(HEAD, classes)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Lite":
+        """Set the mode of all but settled batch norms."""
+        super().train(mode)
+        for one in self.modules():
+            if self.settled and isinstance(one, nn.BatchNorm2d):
+                one.eval()
+        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [S, classes]."""
@@ -146,11 +158,6 @@ def weights(size: str) -> Path:
 
 def student(vocab_size: int) -> nn.Module:
     """Return lite0 with its published weights, on pictures of half the side."""
-    model = Lite("lite0", vocab_size, shrink=2)
+    model = Lite("lite0", vocab_size, shrink=2, settled=True)
     load_model(model, str(weights("lite0")))
     return model
-
-
-def scratch(vocab_size: int) -> nn.Module:
-    """Return the same network with weights at random."""
-    return Lite("lite0", vocab_size, shrink=2)

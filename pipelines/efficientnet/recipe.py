@@ -46,22 +46,17 @@ RUN = 20
 
 VIEWS = {"views": 2, "crop": 16, "flip": True, "operations": ["none", "brightness", "contrast"], "magnitude": 0.2}
 
-FEATURES = [{"name": "pooled", "tap": "head|mean"}, {"name": "map", "tap": "stages.6", "dtype": "int8"}]
+FEATURES = [{"name": "pooled", "tap": "head|mean"}]
 
 HINTON = {"temperature": 1.0, "alpha": 1.0}
 
 HINT = {"teacher": "pooled", "student": "head|mean", "kind": "cosine", "weight": 1.0}
-ATTENTION = {"teacher": "map", "student": "stages.4", "kind": "attention_transfer", "weight": 1.0}
-RELATION = {"teacher": "pooled", "student": "head|mean", "kind": "similarity_preserving", "weight": 100.0}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hard labels": {"loss": {"alpha": 0.0}},
     "Hinton, T = 1": {"loss": HINTON},
     "Hinton, T = 2": {"loss": {**HINTON, "temperature": 2.0}},
     "Hinton + hint": {"loss": {**HINTON, "hidden": [HINT]}},
-    "Hinton + attention transfer": {"loss": {**HINTON, "hidden": [ATTENTION]}},
-    "Hinton + similarity": {"loss": {**HINTON, "hidden": [RELATION]}},
-    "Hinton, from scratch": {"loss": HINTON, "student": {"factory": "pipelines.efficientnet.networks:scratch"}},
 }
 
 
@@ -143,7 +138,7 @@ def settings(made: Mapping[str, Examples], held: Path, epochs: int) -> dict[str,
             "validation": str(held),
             "validation_examples": str(made["held-out"].folder),
         },
-        "optim": {"learning_rate": 0.0005, "warmup_steps": 10},
+        "optim": {"learning_rate": 0.0001, "warmup_steps": 10},
         "run": {"epochs": epochs, "device": "cpu", "validate_every": 10**9},
     }
 

@@ -417,3 +417,8 @@ def test_what_happens_in_one_rank_is_decided_by_all(captured: Path, tmp_path: Pa
     assert np.isfinite(values).all()  # the first rank's
     found = losses(tmp_path / "two", "temperature")
     assert found[1] == found[2] != found[0]  # the step is left out of both
+
+
+def test_patience_without_a_held_out_store_is_refused() -> None:
+    with pytest.raises(ConfigError, match="held-out store"):
+        config_of(run={"patience": 2})
