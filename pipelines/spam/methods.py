@@ -80,6 +80,7 @@ def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, d
     Args:
         model: Folder of the teacher, whose layers some students begin with.
     """
+    unmasked = {**TOKENS, "token_mask": 0.0}
     short = {"run": {"epochs": 3}}
     kept = {"config": None, "model": str(model), "keep_layers": 2}
     layers = {
@@ -91,7 +92,8 @@ def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, d
         "pairs": [("store-pairs", {"features": LAYERS}, PAIRS)],
         "views": [
             ("store-plain", {}, {"hard labels": HARD, "response": _with()}),
-            ("store-views", {"augment": TOKENS}, {"hard labels, 4 views": HARD, "response, 4 views": _with()}),
+            ("store-views", {"augment": TOKENS}, {"hard labels, masked too": HARD, "response, masked too": _with()}),
+            ("store-unmasked", {"augment": unmasked}, {"hard labels, 4 views": HARD, "response, 4 views": _with()}),
         ],
         "layers": [("store-plain", {}, layers)],
     }

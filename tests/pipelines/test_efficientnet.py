@@ -15,7 +15,7 @@ from kdcache.taps import run
 from kdcache.train.config import TrainConfig
 from pipelines.efficientnet.networks import Convolution, Lite, published, scaled
 from pipelines.efficientnet.photographs import distinct, opened, resources, squares
-from pipelines.efficientnet.recipe import FEATURES, SIDE, VARIANTS, first_choices
+from pipelines.efficientnet.recipe import FEATURES, VARIANTS, first_choices
 from pipelines.weights import read_tensors
 
 
@@ -108,16 +108,25 @@ def test_a_student_of_half_the_side_sees_means_of_four_pixels(lite0: Lite) -> No
         torch.testing.assert_close(large, lite0(small))
 
 
-def test_the_maps_that_are_compared_have_the_same_places(lite0: Lite) -> None:
-    teacher, student = Lite("lite2").eval(), Lite("lite0", shrink=2).eval()
-    pixels = {"pixels": torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)}
-    theirs = {one["name"]: one["tap"] for one in FEATURES}
+def test_settled_batch_norms_learn_their_weights_and_keep_their_means() -> None:
+    torch.manual_seed(0)
+    model = Lite("lite0", classes=4, shrink=2, settled=True).train()
+    norm = model.stem[1]
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)).sum().backward()
+    assert model.training
+    assert norm.weight.grad is not None
+    assert not norm.running_mean.any()
+
+
+def test_the_features_of_variants_are_in_the_store(lite0: Lite) -> None:
+    pixels = {"pixels": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}
+    kept = {one["name"]: one["tap"] for one in FEATURES}
     pairs = [pair for one in VARIANTS.values() for pair in one["loss"].get("hidden", ())]
     with torch.inference_mode():
-        told = run(teacher, pixels, list(theirs.values()))[1]
-        own = run(student, pixels, [pair["student"] for pair in pairs])[1]
-    for pair in pairs:
-        assert own[pair["student"]].shape[2:] == told[theirs[pair["teacher"]]].shape[2:]
+        told = run(lite0, pixels, [*kept.values(), *(pair["student"] for pair in pairs)])[1]
+    assert {pair["teacher"] for pair in pairs} == set(kept)
+    assert all(values.shape == (1, 1280) for values in told.values())
 
 
 def test_every_variant_is_a_config() -> None:
