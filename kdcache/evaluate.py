@@ -149,6 +149,8 @@ VALUES = {
     "r_squared": metrics.r_squared,
     "pearson": metrics.pearson,
 }
+OF_SPREAD = {"r_squared": 1, "pearson": 0}
+"""Scores that are left out where the values (from 1), or either side (from 0), are a constant."""
 
 
 def says_yes_or_no(config: dict[str, Any]) -> bool:
@@ -213,6 +215,7 @@ def scores(
             f"{side}{name}": score(flat[one], flat[other])
             for side, (one, other) in sides.items()
             for name, score in VALUES.items()
+            if all(np.ptp(flat[side_of]) > 0 for side_of in (one, other)[OF_SPREAD.get(name, 2) :])
         }
     student, teacher, labels = (np.concatenate(parts[name]) for name in ("ours", "theirs", "labels"))
     best = {"": student.argmax(1), "teacher_": teacher.argmax(1)}

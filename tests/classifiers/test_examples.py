@@ -440,3 +440,27 @@ def test_examples_that_are_none(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.asarray([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(SourceError, match="does not load"):
         Examples(tmp_path)
+
+
+class Constant(torch.nn.Module):
+    """Three values that never change."""
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(numbers), 3) * 0.5
+
+
+def test_a_constant_teacher_has_errors_and_no_correlation(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(2).normal(size=(20, 4)).astype(np.float32)
+    examples = write_examples(tmp_path / "ex", numbers=numbers, label=numbers[:, :3])
+    capture(config_of(examples.folder), tmp_path / "store", classifier=module(Constant()))
+    tree = {
+        "student": {"factory": "tests.networks:values"},
+        "data": {"examples": str(examples.folder), "batch_size": 10},
+        "loss": {"hard": "mse", "divergence": "regression"},
+        "run": {"epochs": 1, "device": "cpu"},
+    }
+    train(parse_config(TrainConfig, tree), tmp_path / "store", tmp_path / "run")
+    scores = evaluate(tmp_path / "run", tmp_path / "store").scores
+    assert scores["teacher_mean_absolute_error"] > 0
+    assert {"pearson", "r_squared", "teacher_r_squared"} <= set(scores)
+    assert not {"teacher_pearson", "imitation_pearson", "imitation_r_squared"} & set(scores)
