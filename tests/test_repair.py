@@ -18,6 +18,9 @@ from kdcache.repair import repair
 from kdcache.store import check, open_store
 from kdcache.verify import verify
 from tests import tiny
+from tests.damage import harm
+
+KINDS = ("zarr.json", "columns/head_ids/c/1", "columns/labels/c/0", "samples/00001", "columns/draw_ids/zarr.json")
 
 
 @pytest.fixture
@@ -28,36 +31,22 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     return made
 
 
-def harm(folder: Path) -> list[str]:
-    """Damage an object of every kind, in several ways."""
-    names = list(open_store(folder).manifest.objects)
-    kinds = ("zarr.json", "columns/head_ids/c/1", "columns/labels/c/0", "samples/00001", "columns/draw_ids/zarr.json")
-    hurt = [next(name for name in names if name.startswith(kind)) for kind in kinds]
-    (folder / hurt[0]).unlink()
-    (folder / hurt[1]).write_bytes(b"")
-    for name in hurt[2:]:
-        data = bytearray((folder / name).read_bytes())
-        data[len(data) // 2] ^= 4
-        (folder / name).write_bytes(data)
-    return sorted(hurt)
-
-
 def test_a_mirror_gives_back_what_is_damaged(tmp_path: Path, tree: dict[str, Any]) -> None:
-    hurt = harm(tmp_path / "s")
+    hurt = harm(tmp_path / "s", KINDS)
     problems = verify(tmp_path / "s").problems
     assert sorted(repair(tmp_path / "s", problems, mirror=str(tmp_path / "copy"))) == hurt
     assert check(open_store(tmp_path / "s")) == []
     other = tiny.write_store(tmp_path / "other")
     with pytest.raises(MismatchError, match=other.digest):
         repair(tmp_path / "s", problems, mirror=str(tmp_path / "other"))
-    harm(tmp_path / "s")
-    harm(tmp_path / "copy")
+    harm(tmp_path / "s", KINDS)
+    harm(tmp_path / "copy", KINDS)
     with pytest.raises(CorruptObjectError):  # a copy that is damaged itself gives nothing
         repair(tmp_path / "s", verify(tmp_path / "s").problems[1:], mirror=str(tmp_path / "copy"))
 
 
 def test_the_teacher_gives_back_what_is_damaged(tmp_path: Path, tree: dict[str, Any]) -> None:
-    hurt = harm(tmp_path / "s")
+    hurt = harm(tmp_path / "s", KINDS)
     config = parse_config(CaptureConfig, tree)
     assert sorted(repair(tmp_path / "s", verify(tmp_path / "s").problems, config=config)) == hurt
     assert check(open_store(tmp_path / "s")) == []
@@ -72,7 +61,7 @@ def test_a_ranking_is_made_again_too(tmp_path: Path, tree: dict[str, Any]) -> No
 
 
 def test_another_capture_mends_nothing(tmp_path: Path, tree: dict[str, Any]) -> None:
-    harm(tmp_path / "s")
+    harm(tmp_path / "s", KINDS)
     problems = verify(tmp_path / "s").problems
     tree["seed"] = 5
     with pytest.raises(MismatchError, match=r"capture\.seed was 0, now 5"):
@@ -83,7 +72,7 @@ def test_another_capture_mends_nothing(tmp_path: Path, tree: dict[str, Any]) -> 
 def test_the_command_mends_and_says_so(tmp_path: Path, tree: dict[str, Any]) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
     for how in (["--mirror", str(tmp_path / "copy")], ["--config", str(tmp_path / "c.yaml")]):
-        harm(tmp_path / "s")
+        harm(tmp_path / "s", KINDS)
         assert CliRunner().invoke(app, ["verify", str(tmp_path / "s"), "-q"]).exit_code == 3
         done = CliRunner().invoke(app, ["verify", str(tmp_path / "s"), "-q", "--json", "--repair", *how])
         assert done.exit_code == 0, done.output

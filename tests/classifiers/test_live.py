@@ -24,6 +24,7 @@ from kdcache.store import check, open_store
 from kdcache.teachers import TeacherConfig
 from kdcache.verify import verify
 from tests import networks
+from tests.damage import harm
 
 HERE = "tests.classifiers.test_live"
 COUNT, CLASSES = 60, 5
@@ -42,6 +43,9 @@ def other() -> torch.nn.Module:
     return networks.teacher(networks.Conv, 9, CLASSES)
 
 
+KINDS = ("zarr.json", "columns/head_ids/c/1", "columns/hidden.map/c/0", "samples/00001", "columns/augmentation/c/0")
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
     random = np.random.default_rng(0)
@@ -57,20 +61,6 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     shutil.copytree(tmp_path / "s", tmp_path / "copy")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
     return made
-
-
-def harm(folder: Path) -> list[str]:
-    """Damage an object of every kind, in several ways."""
-    names = list(open_store(folder).manifest.objects)
-    kinds = ("zarr.json", "columns/head_ids/c/1", "columns/hidden.map/c/0", "samples/00001", "columns/augmentation/c/0")
-    hurt = [next(name for name in names if name.startswith(kind)) for kind in kinds]
-    (folder / hurt[0]).unlink()
-    (folder / hurt[1]).write_bytes(b"")
-    for name in hurt[2:]:
-        data = bytearray((folder / name).read_bytes())
-        data[len(data) // 2] ^= 4
-        (folder / name).write_bytes(data)
-    return sorted(hurt)
 
 
 def test_answers_and_features_are_compared_with_the_live_teacher(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -112,7 +102,7 @@ def test_other_examples_are_refused(tmp_path: Path, tree: dict[str, Any]) -> Non
     write_examples(tmp_path / "labels", ids=found.ids, pixels=pixels, label=(labels + 1) % CLASSES)
     with pytest.raises(MismatchError, match="labels of the examples"):
         verify(tmp_path / "s", teacher=teacher, examples=tmp_path / "labels")
-    harm(tmp_path / "s")
+    harm(tmp_path / "s", KINDS)
     problems = verify(tmp_path / "s").problems
     tree["examples"]["path"] = str(tmp_path / "pixels")
     with pytest.raises(MismatchError, match=r"source\.source\.fields\.pixels"):
@@ -120,7 +110,7 @@ def test_other_examples_are_refused(tmp_path: Path, tree: dict[str, Any]) -> Non
 
 
 def test_the_teacher_gives_back_what_is_damaged(tmp_path: Path, tree: dict[str, Any]) -> None:
-    hurt = harm(tmp_path / "s")
+    hurt = harm(tmp_path / "s", KINDS)
     problems = verify(tmp_path / "s").problems
     wrong = {**tree, "teacher": {"model": f"{HERE}:other()", "device": "cpu"}}
     with pytest.raises(MismatchError, match=r"teacher\.weights"):
@@ -139,7 +129,7 @@ def test_the_command_compares_and_mends(tmp_path: Path, tree: dict[str, Any]) ->
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows_compared"] == 2 * COUNT
-    harm(tmp_path / "s")
+    harm(tmp_path / "s", KINDS)
     assert CliRunner().invoke(app, line).exit_code == 3
     done = CliRunner().invoke(app, [*line, "--repair"])
     assert done.exit_code == 0, done.output
