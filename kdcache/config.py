@@ -4,6 +4,7 @@ A stage declares its keys as a `Section`; this module reads text into one and sa
 which key is wrong and what it could have been.
 """
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,6 +45,8 @@ def load_config(kind: type[S], path: Path | None = None, overrides: Sequence[str
 
 def parse_config(kind: type[S], tree: dict[str, Any], *, where: str = "") -> S:
     """Return the section `kind` read from plain dictionaries, with errors as in `load_config`."""
+    if odd := _not_finite(tree):
+        raise ConfigError(f"The config does not fit: key {odd!r}: not a finite number.", where=where)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -80,6 +83,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError("The config's top level is not a mapping of keys.", where=str(path))
     return tree
+
+
+def _not_finite(value: Any, key: str = "") -> str:
+    """Return the key of a number that is NaN or infinite, also in groups whose keys are not declared; or nothing."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else key
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((found for name, one in pairs if (found := _not_finite(one, f"{key}.{name}".lstrip(".")))), "")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

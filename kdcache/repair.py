@@ -6,7 +6,7 @@ store that it was.
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def repair(
 
 def _captured(store: Store, config: CaptureConfig, damaged: set[str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
-        made = _of_examples(config) if config.source is None else _of_text(store, config, damaged, Path(folder))
+        made = _of_examples(store, config) if config.source is None else _of_text(store, config, damaged, Path(folder))
         told = made.plan.as_json()
         if wrong := differing({key: store.manifest.part(key) for key in SAME}, {key: told[key] for key in SAME}):
             raise MismatchError(
@@ -100,10 +100,10 @@ def _captured(store: Store, config: CaptureConfig, damaged: set[str]) -> Iterato
                     yield name
 
 
-def _of_examples(config: CaptureConfig) -> _Made:
+def _of_examples(store: Store, config: CaptureConfig) -> _Made:
     assert config.examples is not None  # the config has looked
     rows = ExampleRows(config, Examples(config.examples.path), load_classifier(config.teacher))
-    return _Made(rows.plan, rows.shard_of)
+    return _Made(_cut_alike(rows.plan, store), rows.shard_of)
 
 
 def _of_text(store: Store, config: CaptureConfig, damaged: set[str], folder: Path) -> _Made:
@@ -133,7 +133,12 @@ def _of_text(store: Store, config: CaptureConfig, damaged: set[str], folder: Pat
         names, lengths = rows.identities(own.first_sample, own.samples)
         return made.columns, SampleTable(names, lengths, made.pooled)
 
-    return _Made(plan, shard)
+    return _Made(_cut_alike(plan, store), shard)
+
+
+def _cut_alike(plan: StorePlan, store: Store) -> StorePlan:
+    """Return a plan with the store's room: an older release gave small stores more of it than they have rows."""
+    return replace(plan, shard_rows=store.manifest.shard_rows, chunk_rows=store.manifest.chunk_rows)
 
 
 def _is_it(store: Store, name: str, data: bytes) -> bool:

@@ -142,7 +142,7 @@ def prepare(
         ConfigError: max_length is beyond the teacher's context, or something needs a tokenizer.
     """
     context, vocabulary = limits
-    length = _max_length(config, context)
+    length = longest(config, context)
     key = digest_json(
         {
             "source": source.fingerprint,
@@ -189,7 +189,12 @@ def _spooled(folder: Path, key: str) -> dict[str, Any] | None:
     return index if index["key"] == key else None
 
 
-def _max_length(config: SamplesConfig, context: int | None) -> int:
+def longest(config: SamplesConfig, context: int | None) -> int:
+    """Return how many tokens a sample has at most.
+
+    Raises:
+        ConfigError: That is beyond the teacher's context, or less than two.
+    """
     length = config.max_length or min(context or 1024, 1024)
     if length < 2:
         raise ConfigError(f"A sample of {length} tokens predicts nothing.", where="samples.max_length")

@@ -11,6 +11,13 @@ A tap is written `WHERE` or `WHERE|TAKE`:
 
     |first   the first token of each sample [S, D]       |mean    the mean over real tokens, or over height and width
     |heads   the mean over attention heads [S, T, T]
+
+Layers of a causal language model are named shorter, by what each of its positions has:
+
+    embedding, 1, 2, ...           hidden states
+    final                          after the last norm
+    attentions.0, attentions.1     what a position attends to, itself and what is before it, the mean over the heads
+    layers.20.self_attn.v_proj     what a submodule gives, by its path in the model without its output layer
 """
 
 import inspect
@@ -25,15 +32,47 @@ from kdcache.errors import ConfigError, TeacherError
 
 LISTS = ("hidden_states", "attentions")
 TAKES = ("", "first", "mean", "heads")
+MAP = "attentions."
+"""Before the number of an attention map; its rows are as long as the sample."""
+
+
+def of_layer(layer: str) -> str:
+    """Return the tap of a layer of a causal language model."""
+    if layer == "embedding" or layer.isdigit():
+        return f"hidden_states.{layer if layer.isdigit() else 0}"
+    return f"{layer}|heads" if layer.startswith(MAP) else layer
+
+
+def attend_openly(module: Any) -> None:
+    """Have a transformers model compute its attention maps as tensors, which its faster kernels do not.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if getattr(getattr(module, "config", None), "_attn_implementation", "eager") == "eager":
+        return
+    try:
+        module.set_attn_implementation("eager")
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"The model gives no attention maps: {error}.", hint="Keep its hidden states.") from error
 
 
 def run(module: Any, inputs: Mapping[str, Tensor], taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a module's logits for some inputs by name, and what its taps give.
+    """Return a module's logits for some inputs by name, and what its taps give; as `read` otherwise."""
+    out, found = read(module, inputs, taps)
+    return logits_of(out), found
+
+
+def read(
+    module: Any, inputs: Mapping[str, Any], taps: Sequence[str] = (), *, inside: Any = None
+) -> tuple[Any, dict[str, Tensor]]:
+    """Return what a module gives for some inputs by name, and what its taps give.
 
     Args:
         module: An nn.Module, or any callable without taps of submodules.
         inputs: By the name of the parameter.
         taps: As above; the results go by the same names.
+        inside: The part of the module in which submodules are named; default: the module.
 
     Raises:
         ConfigError: There is no such place in the module.
@@ -52,7 +91,7 @@ def run(module: Any, inputs: Mapping[str, Tensor], taps: Sequence[str] = ()) -> 
     listed = {place for place in places if place.split(".")[0] in LISTS or (place == "final" and own["hidden_states"])}
     if listed:
         _require_every_layer(module)
-    with _hooked(module, sorted(places - listed)) as seen:
+    with _hooked(module if inside is None else inside, sorted(places - listed)) as seen:
         out = module(**inputs, **asked)
     if unseen := sorted(places - listed - seen.keys()):
         raise TeacherError(f"The submodule {unseen[0]!r} was not run.", hint="Name one that every input goes through.")
@@ -62,7 +101,7 @@ def run(module: Any, inputs: Mapping[str, Tensor], taps: Sequence[str] = ()) -> 
     for tap, (where, _, take) in wanted.items():
         weighted = take == "mean" and found[where].ndim == 3
         taken[tap] = _taken(found[where], take, _mask_of(module, mask, found[where], tap) if weighted else None)
-    return logits_of(out), taken
+    return out, taken
 
 
 def logits_of(out: Any) -> Tensor:

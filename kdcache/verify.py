@@ -1,5 +1,6 @@
 """Check a store: against its manifest, and against the live teacher it was captured from."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -54,8 +55,11 @@ class Report:
     feature_differences: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form."""
-        return {**asdict(self), "ok": not self.problems}
+        """Return a JSON-ready form; a difference from what is no number is null."""
+        told = asdict(self)
+        for name in ("max_logit_difference", "mean_logit_difference"):
+            told[name] = told[name] if told[name] is None or math.isfinite(told[name]) else None
+        return {**told, "ok": not self.problems}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +129,22 @@ def _of_text(store: Store, teacher: Any, order: Array) -> Iterator[_Both]:
     if isinstance(teacher, TeacherConfig):
         teacher = load_teacher(teacher)
     _require_same(store, teacher.fingerprint, OF_TEXT)
+    asked = {one["layer"]: one["keep"] for one in (store.manifest.part("capture") or {})["targets"]["hidden"]}
+    layers = {name: keep for name, keep in asked.items() if f"hidden.{name}" in store.columns}
     for number in order:
         sample = store[int(number)]
-        output = teacher.forward([sample.input_ids[:-1]])
+        output = teacher.forward([sample.input_ids[:-1]], list(layers))
         labels = torch.from_numpy(sample.labels).to(output.rows.device)
         with torch.inference_mode():
             live = measure_rows(output.rows, labels, k=store.k, head=output.head).numpy()
-        yield _Both(sample.targets, live, WIDE_ROOM)
+        features = {}
+        for name, keep in layers.items():
+            own, found = sample.hidden[name], output.hidden[name].float().cpu().numpy()
+            # a map is kept with room for a longer sample's keys
+            found = np.pad(found, ((0, 0), (0, own.shape[1] - found.shape[1])))
+            found = found * sample.loss_mask[:, None] if keep == "masked" else found
+            features[name] = own, found, _feature_room(store, name, own)
+        yield _Both(sample.targets, live, WIDE_ROOM, features)
 
 
 def _of_examples(store: Store, teacher: Any, examples: Path | str | None, order: Array) -> Iterator[_Both]:
@@ -204,9 +217,14 @@ def _answered(store: Store, answers: Any, examples: Any, numbers: Array, *, room
     features = {}
     for name in samples[0].hidden:
         own = columns[f"hidden.{name}"]
-        allowed = 2 * _rounding(store, f"hidden.{name}", own) + FEATURE_ROOM * float(np.abs(own).mean())
-        features[name] = np.concatenate([one.hidden[name] for one in samples]), own, allowed
+        stored_feature = np.concatenate([one.hidden[name] for one in samples])
+        features[name] = stored_feature, own, _feature_room(store, name, own)
     return _Both(stored, live, room + _rounding(store, "head_logits", live.logits), features)
+
+
+def _feature_room(store: Store, name: str, values: Array) -> float:
+    """Return what a feature may differ by on average."""
+    return 2 * _rounding(store, f"hidden.{name}", values) + FEATURE_ROOM * float(np.abs(values).mean())
 
 
 def _rounding(store: Store, column: str, values: Array) -> float:
@@ -233,11 +251,12 @@ def _skipped(both: _Both) -> NDArray[np.bool_]:
 
 
 def _compared(report: Report, pairs: Iterator[_Both], rows: int) -> Report:
-    compared, same, largest, total, room = 0, 0, 0.0, 0.0, 0.0
+    compared, same, largest, total, room, looked_at = 0, 0, 0.0, 0.0, 0.0, 0
     shares: dict[str, list[tuple[float, float, float]]] = {}
     for both in pairs:
         # the same ids may change places where logits are close: compare rank by rank
         kept = ~_skipped(both)
+        looked_at += len(kept)
         # logits that are no numbers are as far off as can be
         difference = np.nan_to_num(np.abs(both.live.logits - both.stored.logits)[kept], nan=np.inf)
         count = len(difference)
@@ -255,7 +274,8 @@ def _compared(report: Report, pairs: Iterator[_Both], rows: int) -> Report:
             break
     problems = list(report.problems)
     if not compared:
-        return report
+        what = f"the live teacher has no numbers, and had none, at all of the {looked_at} positions looked at"
+        return replace(report, problems=(*problems, Problem("columns/head_logits", what)))
     if same / compared < 0.9 or total > room:
         what = f"the live teacher says something else: same first candidate at {same / compared:.3f} of the positions"
         problems.append(Problem("columns/head_logits", what))

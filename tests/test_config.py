@@ -66,6 +66,19 @@ def test_every_mistake_is_named(tmp_path: Path, text: str | bytes, override: str
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("loss.options={beta: .nan}", "loss.options.beta"),
+        ("loss.hidden=[{options: {heads: .inf}}]", "loss.hidden.0.options.heads"),
+        ("optim.learning_rate=.nan", "optim.learning_rate"),
+    ],
+)
+def test_a_number_is_finite_wherever_it_stands(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"key '{key}': not a finite number"):
+        load_config(TrainConfig, None, ["student.model=folder", override])
+
+
 def test_yaml_that_does_not_parse_says_on_which_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(CaptureConfig, written(tmp_path, "source:\n  path: a\n bad"))

@@ -1,5 +1,6 @@
 """Verification: against the manifest, and against the live teacher."""
 
+import json
 import math
 from pathlib import Path
 
@@ -72,6 +73,22 @@ def test_positions_that_were_skipped_hide_no_difference_of_others(tmp_path: Path
     for other in (teacher(2.0), teacher(2.0, sick=False), teacher(math.nan)):
         found = verify(tmp_path / "store", teacher=other, rows=50)
         assert [one.path for one in found.problems] == ["columns/head_logits"]
+        assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["ok"] is False
+
+
+def test_a_store_of_which_nothing_can_be_compared_is_not_called_sound(tmp_path: Path) -> None:
+    tree = tiny.capture_tree(tmp_path)
+    tree["targets"]["on_invalid"] = "skip"
+    made = CallableTeacher(
+        TeacherConfig(model="x:y", tokenizer=tree["teacher"]["model"]),
+        lambda ids, mask: torch.full((*ids.shape, 300), math.nan),
+    )
+    made.__dict__["fingerprint"] = {"kind": "callable", "name": "x:y", "vocab_size": 300}
+    capture(parse_config(CaptureConfig, tree), tmp_path / "store", teacher=made)
+    assert verify(tmp_path / "store").problems == ()
+    found = verify(tmp_path / "store", teacher=made, rows=50)
+    assert (found.rows_compared, found.as_dict()["ok"]) == (0, False)
+    assert "has no numbers" in found.problems[0].what
 
 
 def test_quick_sees_sizes_and_full_sees_every_bit(captured: tuple[Path, str]) -> None:

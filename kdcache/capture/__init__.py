@@ -11,7 +11,7 @@ import numpy as np
 from kdcache.capture.answers import ExampleRows
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.examples import capture_examples
-from kdcache.capture.keep import columns_of, output_head_of
+from kdcache.capture.keep import columns_of, feature_width, output_head_of
 from kdcache.capture.price import CapturePlan, Extent, priced
 from kdcache.capture.result import CaptureProgress, CaptureResult, SamplesProgress, result_of
 from kdcache.capture.run import WORK, Run
@@ -128,7 +128,7 @@ def plan_capture(
     with TemporaryDirectory() as folder:
         samples = _samples(config, model, open_source(config.source), model.tokenizer(), Path(folder) / WORK, progress)
         shards = sum(1 for _ in plan_shards(samples.lengths - 1, config.store.shard_positions))
-        room = shards * config.store.shard_positions
+        room = shards * config.store.rows(samples.num_positions)[0]
         extent = Extent(len(samples), samples.num_positions, shards, room)
         if isinstance(model, BlackBox):
             require_tellable(config.targets)
@@ -165,7 +165,9 @@ def _priced(config: CaptureConfig, model: Teacher, columns: Sequence[Column], ex
         extent,
         vocab_size=model.vocab_size,
         k=config.targets.k,
-        pooled={one.layer: model.hidden_width(one.layer) for one in config.targets.hidden if one.keep == "pooled"},
+        pooled={
+            one.layer: feature_width(config, model, one.layer) for one in config.targets.hidden if one.keep == "pooled"
+        },
         head_width=model.hidden_width("final") if config.targets.exact else None,
     )
 
@@ -189,11 +191,12 @@ def planned(
         tokenizer: The teacher's, or None.
     """
     config, ranking = _looked(config, model, samples, begun)
+    shard_rows, chunk_rows = config.store.rows(samples.num_positions)
     plan = StorePlan(
         kind="causal_lm",
         columns=columns_of(config, model),
-        shard_rows=config.store.shard_positions,
-        chunk_rows=min(config.store.chunk_positions, config.store.shard_positions),
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
         vocab_size=model.vocab_size,
         k=config.targets.k,
         teacher=model.fingerprint,

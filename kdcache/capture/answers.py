@@ -185,9 +185,7 @@ class ExampleRows:
         if kind is not None:
             said = f"of the view, with the capture's settings: {kind.SAID}"
             columns += (Column("augmentation", "float32", {}, (kind.NUMBERS,), "1", said),)
-        chunk_rows = min(config.store.chunk_positions, config.store.shard_positions)
-        # rows that a shard has room for and no sample are written too: a small store's only shard is as small
-        shard_rows = min(config.store.shard_positions, -(-int(self._rows.sum()) // chunk_rows) * chunk_rows)
+        shard_rows, chunk_rows = config.store.rows(int(self._rows.sum()))
         settings = self._own.model_dump(mode="json", exclude={"path", "batch_size"})
         return StorePlan(
             kind="classifier",

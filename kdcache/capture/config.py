@@ -8,6 +8,7 @@ from kdcache.augment import Views
 from kdcache.config import Section
 from kdcache.samples import SamplesConfig
 from kdcache.sources import SourceConfig
+from kdcache.taps import MAP
 from kdcache.teachers import TeacherConfig
 
 
@@ -15,7 +16,9 @@ class HiddenConfig(Section):
     """One layer's features to keep.
 
     Attributes:
-        layer: final (after the last norm), embedding, or the number of a layer from 1.
+        layer: final (after the last norm), embedding, the number of a layer from 1, attentions.N for a map of the
+            layers from 0 (the mean over its heads, with room for samples.max_length keys a position), or a submodule's
+            path such as layers.20.self_attn.v_proj.
         dtype: bfloat16, float32, or int8 with one scale a channel and shard.
         keep: all positions; masked: only where the label counts, zero elsewhere; pooled: their mean, one a sample.
     """
@@ -30,6 +33,12 @@ class HiddenConfig(Section):
         if isinstance(value, dict) and isinstance(value.get("layer"), int):
             return {**value, "layer": str(value["layer"])}
         return {"layer": str(value)} if isinstance(value, str | int) else value
+
+    @model_validator(mode="after")
+    def _has_a_mean(self) -> "HiddenConfig":
+        if self.layer.startswith(MAP) and self.keep == "pooled":
+            raise ValueError("an attention map has no mean over positions: keep all or masked of it")
+        return self
 
 
 class TargetsConfig(Section):
@@ -74,6 +83,19 @@ class StoreConfig(Section):
     preset: Literal["compact", "lossless", "raw"] = "compact"
     shard_positions: int = Field(default=65536, ge=1)
     chunk_positions: int = Field(default=4096, ge=1)
+
+    def rows(self, positions: int) -> tuple[int, int]:
+        """Return the rows of a shard and of a chunk, in a store of so many positions.
+
+        What a shard has room for is written, filled or not: an only shard that would not be full is as small as its
+        positions, to the next whole chunk of like size.
+        """
+        shard, chunk = self.shard_positions, min(self.chunk_positions, self.shard_positions)
+        if positions >= shard or shard % chunk:
+            return shard, chunk
+        chunks = -(-positions // chunk)
+        chunk = -(-positions // chunks)
+        return chunks * chunk, chunk
 
 
 class LicencesConfig(Section):

@@ -6,7 +6,9 @@ import torch
 
 from kdcache.capture.config import CaptureConfig, HiddenConfig
 from kdcache.errors import ConfigError
+from kdcache.samples import longest
 from kdcache.store import Column, HiddenSpec, Kept, OutputHead, standard_columns
+from kdcache.taps import MAP
 from kdcache.teachers import Teacher
 
 RANKED_SHARE = 4
@@ -32,16 +34,21 @@ def columns_of(config: CaptureConfig, teacher: Teacher) -> tuple[Column, ...]:
             )
         kept = "bfloat16" if teacher.dtype == torch.bfloat16 else "float32"
         layers["final"] = HiddenConfig(layer="final", dtype=kept)  # type: ignore[arg-type]
-    for one in layers.values():
-        teacher.hidden_width(one.layer)
-    specs = [
-        HiddenSpec(one.layer, teacher.hidden_width(one.layer), one.dtype)
-        for one in layers.values()
-        if one.keep != "pooled"
-    ]
+    widths = {one.layer: feature_width(config, teacher, one.layer) for one in layers.values()}
+    specs = [HiddenSpec(one.layer, widths[one.layer], one.dtype) for one in layers.values() if one.keep != "pooled"]
     return standard_columns(
         k=targets.k, vocab_size=teacher.vocab_size, kept=_kept(config, teacher), draws=targets.draws, hidden=specs
     )
+
+
+def feature_width(config: CaptureConfig, teacher: Teacher, layer: str) -> int:
+    """Return the width of a layer's features: of attention maps, the most positions that a sample of the capture has.
+
+    Raises:
+        ConfigError: The teacher has no such layer.
+    """
+    width = teacher.hidden_width(layer)
+    return longest(config.samples, teacher.max_length) - 1 if layer.startswith(MAP) else width
 
 
 def output_head_of(teacher: Teacher) -> OutputHead:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.flight import Flight
+from kdcache.capture.keep import feature_width
 from kdcache.errors import ConfigError, TeacherMemoryError, TeacherNumericsError
 from kdcache.samples import SampleSet, SampleTokens
 from kdcache.store.schema import COUNTS, INVALID, MASKED
+from kdcache.taps import MAP
 from kdcache.targets.measure import measure, measure_rows
 from kdcache.targets.tensor import TensorTargets
 from kdcache.teachers import Teacher, TeacherOutput, upload
@@ -63,6 +65,7 @@ class RowMaker:
         self._layers = [one.layer for one in config.targets.hidden]
         if config.targets.exact and "final" not in self._layers:
             self._layers.append("final")
+        self._widths = {one: feature_width(config, teacher, one) for one in self._layers if one.startswith(MAP)}
         self._budget = config.teacher.batch_positions
         if config.targets.fused:
             _require_compiler()
@@ -189,6 +192,8 @@ class RowMaker:
             wanted["final"] = "all"
         for layer, keep in wanted.items():
             values = flight.hidden[layer].float().numpy()
+            if layer.startswith(MAP):  # as long as the batch's longest sample, and kept as long as any may be
+                values = np.pad(values, ((0, 0), (0, self._widths[layer] - values.shape[1])))
             values = np.where((mask == INVALID)[:, None], np.float32(0), values)
             if keep == "pooled":
                 ends = np.cumsum([len(sample.loss_mask) for sample in samples])[:-1]

@@ -269,12 +269,12 @@ def told_columns(config: CaptureConfig, vocab_size: int, k: int) -> tuple[Column
 def _plan(
     config: CaptureConfig, teacher: Telling, samples: SampleSet, about: dict[str, dict[str, Any]], k: int
 ) -> StorePlan:
-    tokenizer = teacher.tokenizer()
+    tokenizer, (shard_rows, chunk_rows) = teacher.tokenizer(), config.store.rows(samples.num_positions)
     return StorePlan(
         kind="causal_lm",
         columns=told_columns(config, teacher.vocab_size, k),
-        shard_rows=config.store.shard_positions,
-        chunk_rows=min(config.store.chunk_positions, config.store.shard_positions),
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
         vocab_size=teacher.vocab_size,
         k=k,
         teacher=teacher.fingerprint,

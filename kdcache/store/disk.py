@@ -5,12 +5,13 @@ A test that puts its own calls in place of these has every way in which a disk c
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kdcache.errors import AccessError, StorageFullError
+from kdcache.errors import AccessError, KdcacheError, StorageFullError
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 """What a file system without hard links answers."""
@@ -94,8 +95,11 @@ def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
     """Turn what the operating system says about a write into an error that says what to do next."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = _os_error(error)
+        if number is None:
+            raise
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = 0
             with suppress(OSError):
                 free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
@@ -105,7 +109,16 @@ def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
                 hint="Free some space and run the same command again; finished shards are kept.",
             ) from error
         raise AccessError(
-            f"The store cannot be written: {error.strerror or error}.",
+            f"The store cannot be written: {os.strerror(number) if number else error}.",
             where=str(path),
             hint="Check the folder's permissions, or choose another with --out.",
         ) from error
+
+
+def _os_error(error: Exception) -> int | None:
+    """Return the operating system's number of an error, 0 where it has none; None of an error that is not its."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # libraries written in Rust have errors of their own, with the number in the text
+    found = re.search(r"\(os error (\d+)\)", "" if isinstance(error, KdcacheError) else str(error))
+    return int(found[1]) if found else None

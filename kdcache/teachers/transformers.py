@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdcache.errors import AccessError, ConfigError, TeacherError
 from kdcache.fingerprint import digest_file, digest_json, digest_parts
+from kdcache.taps import MAP, attend_openly, of_layer, read
 from kdcache.targets.tensor import OutputHead
 from kdcache.teachers import TeacherConfig, TeacherOutput, choose_device, padded
 from kdcache.teachers.gguf import convert, find_gguf
@@ -76,14 +77,21 @@ class TransformersTeacher:
 
     def hidden_width(self, layer: str) -> int:
         layers = int(self._text.num_hidden_layers)
-        known = ["final", "embedding", *(str(number) for number in range(1, layers + 1))]
-        if layer not in known:
+        if layer in ("final", "embedding") or (layer.isdigit() and 1 <= int(layer) <= layers):
+            return int(self._text.hidden_size)
+        named = "." in layer and not layer.removeprefix("-").isdigit()
+        try:
+            if not named:
+                raise ConfigError(f"The teacher has no layer {layer!r}.")
+            rows = self.forward([np.asarray(PROBE) % self.vocab_size], [layer]).hidden[layer]
+        except ConfigError as error:
             raise ConfigError(
-                f"The teacher has no layer {layer!r}.",
+                error.what,
                 where="targets.hidden",
-                hint=f"It has final, embedding and 1 to {layers}.",
-            )
-        return int(self._text.hidden_size)
+                hint=f"It has final, embedding, 1 to {layers}, {MAP}0 to {layers - 1}, and submodules by their paths, "
+                f"such as {self._example}.",
+            ) from error
+        return rows.shape[1]
 
     def output_head(self) -> OutputHead | None:
         return self._head
@@ -120,28 +128,40 @@ class TransformersTeacher:
     @torch.inference_mode()
     def forward(self, inputs: Sequence[NDArray[np.int64]], layers: Sequence[str] = ()) -> TeacherOutput:
         ids, mask, places = padded(inputs, self._device)
-        deep = any(layer != "final" for layer in layers)
+        taps = {layer: of_layer(layer) for layer in layers if layer != "final" or self._head is None}
+        if any(layer.startswith(MAP) for layer in layers):
+            attend_openly(self.model)
+        body = self.model.base_model
         try:
             if self._head is None:
-                out = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=bool(layers))
-                rows, states = out.logits.flatten(0, 1)[places], out.hidden_states
+                given = {"input_ids": ids, "attention_mask": mask.long()}
+                out, found = read(self.model, given, list(taps.values()), inside=body)
+                rows = out.logits.flatten(0, 1)[places]
             else:
                 # right padding cannot reach earlier positions of a causal model: no attention mask is needed
-                out = self._body(input_ids=ids, output_hidden_states=deep)
-                rows, states = out.last_hidden_state.flatten(0, 1)[places], out.hidden_states if deep else None
+                # what is compiled has no submodules to look into
+                listed = all(tap.startswith("hidden_states.") for tap in taps.values())
+                out, found = read(self._body if listed else body, {"input_ids": ids}, list(taps.values()))
+                rows = out.last_hidden_state.flatten(0, 1)[places]
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise TeacherError(f"The teacher failed: {error}.", where=self._name) from error
-        hidden = {layer: self._layer(layer, rows, states, places) for layer in layers}
-        return TeacherOutput(rows, self._head, hidden)
+        hidden = {layer: self._flat(layer, found[tap], ids, places) for layer, tap in taps.items()}
+        return TeacherOutput(rows, self._head, {layer: hidden.get(layer, rows) for layer in layers})
 
-    def _layer(self, layer: str, rows: Tensor, states: Sequence[Tensor] | None, places: Tensor) -> Tensor:
-        if layer == "final" and self._head is not None:
-            return rows
-        assert states is not None  # forward asked for them
-        index = {"final": -1, "embedding": 0}.get(layer)
-        return states[int(layer) if index is None else index].flatten(0, 1)[places]
+    def _flat(self, layer: str, values: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+        if values.ndim != 3 or values.shape[:2] != ids.shape:
+            raise ConfigError(
+                f"{layer!r} gives {list(values.shape)}, not one row for each of {list(ids.shape)} tokens."
+            )
+        return values.flatten(0, 1)[places]
+
+    @property
+    def _example(self) -> str:
+        """A submodule that gives something of every token."""
+        linear = [name for name, one in self.model.base_model.named_modules() if isinstance(one, torch.nn.Linear)]
+        return linear[len(linear) // 2] if linear else "layers.0"
 
     @property
     def _text(self) -> Any:

@@ -20,6 +20,7 @@ from kdcache.losses import attention, features, relations
 from kdcache.losses.features import Moments
 from kdcache.losses.projector import Projector
 from kdcache.store import Store
+from kdcache.taps import MAP
 from kdcache.train.bank import Bank
 from kdcache.train.config import HiddenLossConfig, LossConfig
 
@@ -30,6 +31,9 @@ UNPROJECTED = ("attention_transfer",)
 
 PROJECTED = ("crd",)
 """Losses of other families that compare vectors of one width; they take negatives from the store, too."""
+
+MAP_LOSSES = "map_"
+"""How the kinds begin that compare attention maps; others compare vectors."""
 
 MOMENT_ROWS = 4096
 """Rows of the first shard that give the mean and variance of a layer."""
@@ -103,6 +107,8 @@ class FeatureTerms(nn.Module):
         super().__init__()
         self._config = config
         self._families = [family_of(one.kind) for one in config]
+        if store.manifest.kind == "causal_lm":
+            _require_maps(config)
         self._losses: list[Any] = [
             FAMILIES[family].find(one.kind, **one.options) for one, family in zip(config, self._families, strict=True)
         ]
@@ -133,11 +139,17 @@ class FeatureTerms(nn.Module):
                 teacher = moments.normalise(teacher)
             per_sample = bool(batch.inputs)
             mask = batch.inputs.get("attention_mask")
-            if family == "attention":
+            if family == "attention" and per_sample:
                 sides = student, _firsts(teacher, batch)
-                if one.kind.startswith("map_") and student.ndim == 3:  # kept as means over the heads
-                    sides = sides[0][:, None], sides[1][:, None]
-                value = loss(*sides, _whole(mask, student)).sum()
+                value = loss(*_headed(one, *sides), _whole(mask, student)).sum()
+            elif family == "attention":
+                own, real = _rectangle(student, batch)
+                other = _rectangle(teacher, batch)[0]
+                if one.kind.startswith(MAP_LOSSES):  # kept with room for a longer sample's keys
+                    other = other[..., : own.shape[1]]
+                # a sample's mean stands for each of its positions that count
+                counted = _rectangle(batch.mask[:, None], batch)[0].sum((1, 2))
+                value = (loss(*_headed(one, own, other), real) * counted).sum()
             elif family == "relations":
                 sides = (student, _per(teacher, batch))
                 own, other = (_pooled(side, batch, mask, per_sample=per_sample) for side in sides)
@@ -163,6 +175,18 @@ class FeatureTerms(nn.Module):
         return Projector(shapes[one.student][-1], store.columns[f"hidden.{one.teacher}"].shape[-1])
 
 
+def _require_maps(config: tuple[HiddenLossConfig, ...]) -> None:
+    """Refuse a causal model's pair that compares a map with what is none."""
+    for one in config:
+        maps = [name.startswith(MAP) for name in (one.teacher, one.student)]
+        if maps != 2 * [one.kind.startswith(MAP_LOSSES)]:
+            raise ConfigError(
+                f"{one.kind} does not compare {one.teacher!r} with {one.student!r}.",
+                where="loss.hidden",
+                hint=f"map_kl and map_mse are for {MAP}N of both sides, and all other kinds for vectors.",
+            )
+
+
 def _by_rows(loss: Any, projector: nn.Module, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Return the sum over samples of a feature loss; of sequences, the mean over a sample's real tokens."""
     if student.ndim != 3:
@@ -172,6 +196,20 @@ def _by_rows(loss: Any, projector: nn.Module, student: Tensor, teacher: Tensor, 
     rows = loss(projector(student).flatten(0, 1), teacher.flatten(0, 1)).view(real.shape)
     summed: Tensor = ((rows * real).sum(1) / real.sum(1).clamp(min=1)).sum()
     return summed
+
+
+def _headed(one: HiddenLossConfig, *sides: Tensor) -> tuple[Tensor, ...]:
+    """Return both sides of a loss, maps with the heads that they are the means of as one."""
+    averaged = one.kind.startswith(MAP_LOSSES) and sides[0].ndim == 3
+    return tuple(side[:, None] for side in sides) if averaged else sides
+
+
+def _rectangle(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return positions [N, D] sample by sample [S, T, D], zero where one has no more, and bool [S, T] where it has."""
+    lengths = batch.offsets.diff()
+    real = torch.arange(int(lengths.max()), device=values.device)[None] < lengths[:, None]
+    wide = values.new_zeros(real.numel(), values.shape[1]).index_copy(0, real.flatten().nonzero()[:, 0], values)
+    return wide.view(*real.shape, -1), real
 
 
 def _firsts(values: Tensor, batch: Batch) -> Tensor:

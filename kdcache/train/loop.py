@@ -23,6 +23,7 @@ from kdcache.batch import Batch
 from kdcache.errors import ConfigError, Interrupted, OutageError, TrainingError
 from kdcache.process import peak_memory_bytes, stop_signals
 from kdcache.store import Store, open_store
+from kdcache.store.disk import storage_errors
 from kdcache.store.objects import write_object
 from kdcache.stream import Loader, StreamConfig, output_head_of
 from kdcache.train import checkpoint
@@ -298,7 +299,8 @@ class Run:
 
     def _save_student(self, folder: Path, student: nn.Module) -> None:
         files = self._store.tokenizer_files() if self._texts is None else self._texts.files()
-        save_student(student, self._config.student, files, folder)
+        with storage_errors(folder):
+            save_student(student, self._config.student, files, folder)
 
     def _save_part(self, name: str, student: nn.Module) -> None:
         """Write a student of this run besides its last one, in a folder that is used as a finished run's."""
@@ -324,7 +326,13 @@ class Run:
 
     def _save(self) -> None:
         if self._accelerator.is_main_process:
-            state = {**self._identity, "run": asdict(self._state), "stream": self._loader.state_dict()}
+            scaler = self._accelerator.scaler
+            state = {
+                **self._identity,
+                "run": asdict(self._state),
+                "stream": self._loader.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
             folder = self._root / "checkpoints"
             checkpoint.save(folder, self._state.step, state, self._plain, _inner(self._optimizer))
         self._accelerator.wait_for_everyone()
@@ -337,6 +345,8 @@ class Run:
         checkpoint.restore(found, self._plain, _inner(self._optimizer))
         self._state = _State(**found.state["run"])
         self._loader.load_state_dict(found.state["stream"])
+        if self._accelerator.scaler is not None and found.state.get("scaler"):
+            self._accelerator.scaler.load_state_dict(found.state["scaler"])
         self._record.begin(found.step)
         _log.info("resumed at step %d", found.step)
 

@@ -24,6 +24,7 @@ from kdcache.losses.output_layer import first_ids, log_partition, output_layer, 
 from kdcache.losses.spans import is_span_loss, span_loss
 from kdcache.losses.tails import policy
 from kdcache.store import Store
+from kdcache.taps import MAP, attend_openly
 from kdcache.targets import inverse
 from kdcache.targets.tensor import OutputHead, TensorTargets
 from kdcache.train.average import Average
@@ -103,6 +104,12 @@ class Objective(nn.Module):
         self._layers = [one.student for one in config.hidden]
         if config.tail == "exact" and extremes(config.alpha)[1] > 0 and not self.fused:
             raise ConfigError("The tail policy exact needs a student with an output layer.", where="loss.tail")
+        if config.hidden and probe is None and not self.fused:
+            raise ConfigError(
+                "This student gives logits only: hidden losses need a transformers model.", where="loss.hidden"
+            )
+        if any(layer.startswith(MAP) for layer in self._layers):
+            attend_openly(student)
         shapes = layer_shapes(student, self._layers, probe) if config.hidden else {}
         self.features = FeatureTerms(config.hidden, store, shapes)
         self.learned = Learned(config.temperature) if isinstance(config.temperature, LearnedTemperature) else None
@@ -128,6 +135,7 @@ class Objective(nn.Module):
         scale = self._scale(batch, rows, temperature)
         self.mean_temperature = scale if isinstance(scale, float) else float(scale.mean())
         kd, ce = self._terms(batch, output, rows, alpha, scale)
+        weights: Tensor | float = 1.0
         if self._config.weights is not None:
             known = None if batch.targets is None else batch.targets[rows]
             weights = position_weights(self._config.weights, known, batch.labels[rows], ce)
@@ -143,7 +151,8 @@ class Objective(nn.Module):
         if self.learned is not None:
 
             def tried(value: float) -> Tensor:
-                return self._terms(batch, output, rows, max(alpha, 1e-6), value)[0].sum() * value**2 / positions
+                found = self._terms(batch, output, rows, max(alpha, 1e-6), value)[0]
+                return (found * weights).sum() * value**2 / positions
 
             loss = loss + self.learned.pull(tried)
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
@@ -293,6 +302,13 @@ def _require_sense(config: LossConfig) -> None:
         raise ConfigError(f"alpha goes from {low} to {high}, outside 0 to 1.", where="loss.alpha")
     if extremes(config.temperature)[0] <= 0:
         raise ConfigError("A temperature is positive.", where="loss.temperature")
+    own = config.weights is not None and config.weights.by == "student_loss"
+    if own and low == 1 and (config.tail == "exact" or config.hard != "cross_entropy"):
+        raise ConfigError(
+            "With alpha 1 the student's own loss is not computed here, and all positions would weigh the same.",
+            where="loss.weights",
+            hint="Set loss.alpha below 1, or weigh by teacher_loss, entropy or margin.",
+        )
     if isinstance(config.temperature, float | Schedule):
         return
     blunt = config.divergence in RESPONSES and not response(config.divergence).tempered

@@ -15,6 +15,7 @@ from kdcache import registry
 from kdcache.batch import Batch
 from kdcache.errors import AccessError, ConfigError, MismatchError, TrainingError
 from kdcache.store import Store
+from kdcache.taps import MAP, of_layer, read
 from kdcache.taps import run as run_tapped
 from kdcache.targets.tensor import OutputHead
 from kdcache.tasks import model_class, outputs_key
@@ -207,23 +208,24 @@ def run_student(model: Any, batch: Batch, layers: Sequence[str], *, fused: bool)
         if layers:
             raise ConfigError("This student gives logits only: hidden losses need a transformers model.")
         return StudentOutput(None, None, logits.flatten(0, 1)[padded.index], {})
-    deep = any(layer != "final" for layer in layers)
-    out = model.base_model(input_ids=padded.input_ids, output_hidden_states=deep, use_cache=False)
+    out, found = _read(model, padded.input_ids, layers)
     hidden = out.last_hidden_state.flatten(0, 1)[padded.index]
-    found = {}
-    for layer in layers:
-        if layer == "final":
-            found[layer] = hidden
-            continue
-        index = 0 if layer == "embedding" else int(layer) if layer.isdigit() else -1
-        if not 0 <= index < len(out.hidden_states):
-            raise ConfigError(
-                f"The student has no layer {layer!r}.",
-                where="loss.hidden",
-                hint=f"It has final, embedding and 1 to {len(out.hidden_states) - 1}.",
-            )
-        found[layer] = out.hidden_states[index].flatten(0, 1)[padded.index]
-    return StudentOutput(hidden, head_of(model), None, found)
+    flat = {layer: values.flatten(0, 1)[padded.index] for layer, values in found.items()}
+    return StudentOutput(hidden, head_of(model), None, {layer: flat.get(layer, hidden) for layer in layers})
+
+
+def _read(model: Any, ids: Tensor, layers: Sequence[str]) -> tuple[Any, dict[str, Tensor]]:
+    """Return what a causal model's body gives for ids [S, T], and of its layers but the final one [S, T, ...]."""
+    taps = {layer: of_layer(layer) for layer in layers if layer != "final"}
+    try:
+        out, found = read(model.base_model, {"input_ids": ids, "use_cache": False}, list(taps.values()))
+    except ConfigError as error:
+        raise ConfigError(
+            f"The student has no such layer: {error.what}",
+            where="loss.hidden",
+            hint=f"It has final, embedding, 1, 2, ..., {MAP}0, ... and submodules by their paths. {error.hint}",
+        ) from error
+    return out, {layer: found[tap] for layer, tap in taps.items()}
 
 
 def _run_on_examples(model: Any, batch: Batch, layers: Sequence[str]) -> StudentOutput:
@@ -251,14 +253,17 @@ def layer_shapes(model: Any, layers: Sequence[str], probe: Mapping[str, Tensor] 
     Args:
         model: The student, on the CPU.
         layers: Their names.
-        probe: Inputs of two samples, of students of examples; others have one width.
+        probe: Inputs of two samples, of students of examples; others are given a few ids, and of their attention maps
+            the shape says nothing.
     """
-    if probe is None:
-        return dict.fromkeys(layers, (int(model.config.get_text_config().hidden_size),))
     training = model.training
     model.eval()
     try:
-        return {name: tuple(value.shape[1:]) for name, value in run_tapped(model, probe, layers)[1].items()}
+        if probe is not None:
+            return {name: tuple(value.shape[1:]) for name, value in run_tapped(model, probe, layers)[1].items()}
+        ids = torch.tensor([PROBE]) % model.get_input_embeddings().weight.shape[0]
+        out, found = _read(model, ids, layers)
+        return {name: tuple(found.get(name, out.last_hidden_state).shape[2:]) for name in layers}
     finally:
         model.train(training)
 

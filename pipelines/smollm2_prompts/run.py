@@ -1,6 +1,6 @@
-"""Sequence-level against token-level distillation on answers that the demo's teacher gives to prompts.
+"""Students of the references, of the answers that the demo's teacher gives to prompts, and of its logits of those.
 
-    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 150] [--held-out 40] [--seeds 3]
+    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 100] [--held-out 40] [--seeds 3]
 
 Needs `make models`. Stopped, the same command goes on. Ends in the table of the README beside this file, written to
 `table.md` and `results.json`.
@@ -27,8 +27,12 @@ from kdcache.train import train
 from kdcache.train.config import TrainConfig
 
 HERE = Path(__file__).parent
-VARIANTS = {"sequence level (alpha 0)": 0.0, "token level (alpha 1)": 1.0}
-"""Hard labels on the teacher's answers, and the teacher's distribution at the same tokens."""
+VARIANTS = {
+    "hard labels (references)": ("references", 0.0),
+    "sequence level (the teacher's answers)": ("answers", 0.0),
+    "token level (its distribution there)": ("answers", 1.0),
+}
+"""Store and alpha: how the articles go on, what the teacher says, and its distribution at the same tokens."""
 
 
 def prompts() -> Iterator[dict[str, str]]:
@@ -59,6 +63,14 @@ def answers(out: Path, name: str, teacher: str) -> GenerateResult:
         return generate(config, out / f"{name}-answers.jsonl", progress=progress)
 
 
+def references(answered: Path, path: Path) -> Path:
+    """Write the references of the prompts that the teacher answered, in place of its answers; return the file."""
+    lines = [json.loads(line) for line in answered.read_text().splitlines()]
+    kept = [{name: one[name] for name in ("id", "prompt")} | {"completion": f" {one['reference']}"} for one in lines]
+    path.write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in kept) + "\n")
+    return path
+
+
 def one_for_all(train_answers: Path, held_out: Path) -> Row:
     """Return the floor: the training answer that is most like the others, given to every prompt."""
     known = [json.loads(line)["completion"] for line in train_answers.read_text().splitlines()]
@@ -66,7 +78,7 @@ def one_for_all(train_answers: Path, held_out: Path) -> Row:
     best = max(known[:100], key=lambda one: rouge([one] * len(known[:100]), known[:100]).rouge_l)
     said, references = ([one[name] for one in lines] for name in ("completion", "reference"))
     same = [best] * len(lines)
-    return Row(f"always{best}", likeness(same, said), likeness(same, references), 0.0, 1.0, None)
+    return Row(f'always "{best.strip()}"', likeness(same, said), likeness(same, references), 0.0, 1.0, None)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -97,10 +109,10 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def main() -> None:
-    """Ask, capture, train both ways, compare on prompts that no student has seen."""
+    """Ask, capture, train all ways, compare on prompts that no student has seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2_prompts"))
-    parser.add_argument("--prompts", type=int, default=150, help="to train on")
+    parser.add_argument("--prompts", type=int, default=100, help="to train on")
     parser.add_argument("--held-out", type=int, default=40, help="to measure on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over train.yaml")
@@ -110,15 +122,18 @@ def main() -> None:
     made: dict[str, Any] = {name: answers(out, name, teacher).as_dict() for name in ("held-out", "train")}
     for name, one in made.items():
         display.say(f"{name}: {one}")
-    overrides = [f"source.path={made['train']['path']}", f"teacher.model={teacher}"]
-    captured = capture(load_config(CaptureConfig, HERE / "capture.yaml", overrides), out / "store")
-    display.say(f"store: {captured.positions:,} positions")
+    answered = Path(made["train"]["path"])
+    captured = {}
+    for name, path in (("answers", answered), ("references", references(answered, out / "references.jsonl"))):
+        overrides = [f"source.path={path}", f"teacher.model={teacher}"]
+        captured[name] = capture(load_config(CaptureConfig, HERE / "capture.yaml", overrides), out / name)
+        display.say(f"{name}: {captured[name].positions:,} positions")
     students, seconds = {}, {}
     for seed in range(arguments.seeds):
-        for name, alpha in VARIANTS.items():
+        for name, (store, alpha) in VARIANTS.items():
             keys = [f"student.model={teacher}", f"loss.alpha={alpha}", f"run.seed={seed}", *arguments.set]
-            folder = out / f"alpha{alpha:g}-seed{seed}"
-            done = train(load_config(TrainConfig, HERE / "train.yaml", keys), out / "store", folder)
+            folder = out / f"{store}-alpha{alpha:g}-seed{seed}"
+            done = train(load_config(TrainConfig, HERE / "train.yaml", keys), out / store, folder)
             students[f"{name}, seed {seed}"], seconds[f"{name}, seed {seed}"] = folder, done.seconds
     report = score(students, made["held-out"]["path"])
     floor = one_for_all(Path(made["train"]["path"]), Path(made["held-out"]["path"]))
@@ -126,7 +141,7 @@ def main() -> None:
     (out / "table.md").write_text(shown)
     result = {
         "answers": made,
-        "capture": captured.as_dict(),
+        "capture": {name: one.as_dict() for name, one in captured.items()},
         "train_seconds": seconds,
         "report": report.as_dict(),
         "floor": asdict(floor),

@@ -1,4 +1,4 @@
-"""SmolLM2 to a small Llama by several methods from one store: T = 1 and 2, reverse KL, hidden features; three seeds.
+"""SmolLM2 to a small Llama by several methods from one store: temperatures, divergences, tails, layers, attention.
 
     python -m pipelines.smollm2_wiki.methods [--group responses] [--out runs/smollm2_methods] [--seeds 3]
 
@@ -17,8 +17,8 @@ from kdcache.config import parse_config
 from kdcache.demo import teacher_folder, write_articles
 from kdcache.seeds import compare_variants
 
-TEACHER_LAYERS = [10, 20]
-"""Layers of the teacher's 30 that are kept; the last hidden state is kept beside them."""
+LAYERS = ["10", "20", "final", "attentions.29", "layers.29.self_attn.v_proj"]
+"""What is kept of the teacher's 30 layers: three hidden states, and of the last layer its map and its values."""
 
 STUDENT = {
     "model_type": "llama",
@@ -37,6 +37,15 @@ HINTS = [
     {"teacher": "final", "student": "final", "kind": "cosine", "weight": 1.0},
 ]
 
+MAP = {"teacher": "attentions.29", "student": "attentions.2", "kind": "map_kl", "weight": 0.5}
+VALUES = {
+    "teacher": "layers.29.self_attn.v_proj",
+    "student": "layers.2.self_attn.v_proj",
+    "kind": "value_relation",
+    "options": {"heads": 3},
+    "weight": 0.5,
+}
+
 BOTH: dict[str, dict[str, Any]] = {"hard labels": {"loss": {"alpha": 0.0}}, "T = 1": {}}
 
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -49,17 +58,23 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         **BOTH,
         "T = 1, hidden features": {"loss": {"hidden": HINTS}},
         "T = 1, last hidden state, a tenth": {"loss": {"hidden": [{**HINTS[-1], "weight": 0.1}]}},
-        "T = 1, half hard labels": {"loss": {"alpha": 0.5}},
+    },
+    "attention": {
+        **BOTH,
+        "T = 1, attention map": {"loss": {"hidden": [MAP]}},
+        "T = 1, value relation": {"loss": {"hidden": [VALUES]}},
     },
     "tails": {
+        **BOTH,
         "T = 1, sampled tail": {"loss": {"tail": "sampled"}},
         "T = 1, head alone, renormalised": {"loss": {"tail": "renormalise"}},
     },
+    "labels": {**BOTH, "T = 1, half hard labels": {"loss": {"alpha": 0.5}}},
 }
 """Runs of the same name are the same, and are done once."""
 
 
-def store(out: Path, data: Path, name: str, folder: str = "", **targets: Any) -> Path:
+def store(out: Path, data: Path, name: str, **targets: Any) -> Path:
     """Capture the teacher on the articles of a name; return the store's folder."""
     tree = {
         "source": {"path": str(data / f"{name}.jsonl"), "id_field": "id"},
@@ -70,8 +85,8 @@ def store(out: Path, data: Path, name: str, folder: str = "", **targets: Any) ->
         "licences": {"teacher": "Apache-2.0", "data": "CC-BY-SA-4.0"},
     }
     with display.capture_progress(quiet=False) as progress:
-        capture(parse_config(CaptureConfig, tree), out / (folder or name), progress=progress)
-    return out / (folder or name)
+        capture(parse_config(CaptureConfig, tree), out / name, progress=progress)
+    return out / name
 
 
 def main() -> None:
@@ -79,12 +94,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     arguments.add_argument("--group", choices=GROUPS, action="append")
     arguments.add_argument("--out", type=Path, default=Path("runs/smollm2_methods"))
-    arguments.add_argument("--articles", type=int, default=420, help="articles to train on")
+    arguments.add_argument("--articles", type=int, default=220, help="articles to train on")
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     out: Path = given.out
-    data = write_articles(out / "data", given.articles, 80)
+    data = write_articles(out / "data", given.articles, 60)
     held_out = store(out, data, "held-out")
+    trained = store(out, data, "train", hidden=LAYERS, draws=8)
     base = {
         "student": {"config": STUDENT},
         "data": {"batch_size": 8, "validation": str(held_out)},
@@ -93,12 +109,9 @@ def main() -> None:
         "run": {"epochs": 2, "validate_every": 10**9},
     }
     for name in given.group or GROUPS:
-        kept = {"draws": 8} if name == "tails" else {"hidden": [*TEACHER_LAYERS, "final"]}
-        trained = store(out, data, "train", "train-draws" if name == "tails" else "train", **kept)
-        seeds = range(given.seeds)
-        folder = out / ("students-draws" if name == "tails" else "students")
-        table = compare_variants(base, GROUPS[name], trained, folder, seeds=seeds)
-        print(f"{name}\n\n{table.markdown()}")
+        table = compare_variants(base, GROUPS[name], trained, out / "students", seeds=range(given.seeds)).markdown()
+        (out / f"{name}.md").write_text(table)
+        print(f"{name}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Mail: losses of attention maps and relations, pairs of layers by a rule, and views of texts, beside the response.
 
-    python -m pipelines.spam.methods --group attention
+    python -m pipelines.spam.methods --group relations
 
 Goes on in the folder of `pipelines.spam.recipe`: the same mails and teacher. Stopped, the same command goes on; without
 a group it runs all. Weights of terms were set once, to a like size at the first step, and not tuned.
@@ -36,6 +36,10 @@ ATTENTION = {
     "response": _with(),
     "+ map KL": _with(_maps("map_kl", 0.2)),
     "+ map MSE": _with(_maps("map_mse", 100.0)),
+}
+
+OF_VECTORS = {
+    "response": _with(),
     "+ query relation": _with(RELATIONS["query"]),
     "+ key relation": _with(RELATIONS["key"]),
     "+ value relation": _with(RELATIONS["value"]),
@@ -71,7 +75,7 @@ HARD = {"loss": {"alpha": 0.0}}
 WIDE = {**STUDENT, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 """Two layers of the teacher's size."""
 
-NAMES = ("attention", "pairs", "views", "layers")
+NAMES = ("attention", "relations", "pairs", "views", "layers")
 
 
 def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]]]:
@@ -89,6 +93,7 @@ def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, d
     }
     return {
         "attention": [("store-attention", {"features": [*MAPS, *VECTORS]}, ATTENTION)],
+        "relations": [("store-attention", {"features": [*MAPS, *VECTORS]}, OF_VECTORS)],
         "pairs": [("store-pairs", {"features": LAYERS}, PAIRS)],
         "views": [
             ("store-plain", {}, {"hard labels": HARD, "response": _with()}),

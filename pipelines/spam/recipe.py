@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,28 @@ def encoder(folder: Path) -> Path:
 
 def examples(out: Path) -> tuple[Examples, Examples]:
     """Write tokenised mails as examples: to train on, and held out."""
+    return tokenised(out, mails, TRAIN, FINE_TUNED, HELD_OUT)
+
+
+def tokenised(
+    out: Path, read: Callable[[Path], tuple[list[str], np.ndarray]], train: int, fine_tuned: int, held_out: int
+) -> tuple[Examples, Examples]:
+    """Write texts as examples: to train on, to fine-tune the teacher on (`fine-tune`, those among them), held out.
+
+    Args:
+        out: Of the recipe.
+        read: Returns texts and labels in one order, given a folder for what is downloaded.
+        train: Texts that students see.
+        fine_tuned: That the teacher sees.
+        held_out: That nobody sees.
+    """
     if not (out / "held-out" / "label.npy").is_file():
-        texts, labels = mails(out / "data")
+        texts, labels = read(out / "data")
         words = AutoTokenizer.from_pretrained(str(encoder(out / "data")))
         made = words(texts, max_length=TOKENS, truncation=True, padding="max_length", return_tensors="np")
-        ids = [f"mail-{number}" for number in range(len(texts))]
-        parts = {"train": slice(0, TRAIN), "fine-tune": slice(0, FINE_TUNED)}
-        for name, part in {**parts, "held-out": slice(FINE_TUNED, FINE_TUNED + HELD_OUT)}.items():
+        ids = [f"text-{number}" for number in range(len(texts))]
+        parts = {"train": slice(0, train), "fine-tune": slice(0, fine_tuned)}
+        for name, part in {**parts, "held-out": slice(fine_tuned, fine_tuned + held_out)}.items():
             fields = {key: made[key][part].astype(np.int32) for key in ("input_ids", "attention_mask")}
             write_examples(out / name, ids=ids[part], label=labels[part], **fields)
     return Examples(out / "train"), Examples(out / "held-out")
@@ -121,9 +137,9 @@ def teacher(out: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(str(encoder(out / "data")), num_labels=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
-    steps = FINE_TUNED // 16
+    steps = len(own) // 16
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=steps)
-    order = np.random.default_rng(0).permutation(FINE_TUNED)[: 16 * steps].reshape(steps, 16)
+    order = np.random.default_rng(0).permutation(len(own))[: 16 * steps].reshape(steps, 16)
     model.train()
     for some in order:
         batch = {

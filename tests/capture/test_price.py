@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from kdcache.capture import CapturePlan, CaptureProgress, capture, plan_capture
-from kdcache.capture.config import CaptureConfig
+from kdcache.capture.config import CaptureConfig, StoreConfig
 from kdcache.cli import app
 from kdcache.codecs import Codec
 from kdcache.config import parse_config
@@ -67,13 +67,36 @@ def test_features_that_outweigh_the_targets_are_warned_of(hidden: list[str], war
 
 def test_what_shards_have_room_for_is_counted_where_it_is_written(tmp_path: Path) -> None:
     tree = tiny.capture_tree(tmp_path, hidden=["final"])
+    positions = plan_capture(parse_config(CaptureConfig, tree)).rows
+    # two shards, the second nearly empty
+    tree["store"] = {"shard_positions": positions - 2, "chunk_positions": positions - 2}
+    config = parse_config(CaptureConfig, tree)
+    plan = plan_capture(config)
+    capture(config, tmp_path / "s")
+    assert plan.shards == 2
+    written = open_store(tmp_path / "s").bytes_per_column()["hidden.final"]
+    assert by_name(plan)["hidden.final"].bytes == pytest.approx(written, abs=1200)  # and what names and ends them
+    assert by_name(plan)["hidden.final"].bytes > 1.8 * 2 * 16 * positions
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, (1, 1)), (17, (18, 9)), (40, (42, 14)), (63, (64, 16)), (64, (64, 16))]
+)
+def test_an_only_shard_is_as_small_as_its_positions(rows: int, expected: tuple[int, int]) -> None:
+    config = StoreConfig(shard_positions=64, chunk_positions=16)
+    assert config.rows(rows) == expected
+    assert config.rows(1000) == (64, 16)
+
+
+def test_a_small_store_takes_what_its_positions_take(tmp_path: Path) -> None:
+    tree = tiny.capture_tree(tmp_path, hidden=["final"])
     tree["store"] = {"shard_positions": 65536, "chunk_positions": 4096}
     config = parse_config(CaptureConfig, tree)
     plan = plan_capture(config)
     capture(config, tmp_path / "s")
-    written = open_store(tmp_path / "s").bytes_per_column()["hidden.final"]
-    assert by_name(plan)["hidden.final"].bytes == pytest.approx(written, rel=0.01)
-    assert "no position is in" in plan.notes[0]
+    store = open_store(tmp_path / "s")
+    assert (store.manifest.shard_rows, store.manifest.chunk_rows) == (plan.rows, plan.rows)
+    assert store.bytes_per_column()["hidden.final"] < 2 * 16 * plan.rows + 1200  # of names and ends
 
 
 def test_a_budget_settles_k_in_a_plan_too(tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_the_slope_is_that_of_autograd(towards: str) -> None:
     assert float(got) == pytest.approx(sign * float(learned.x.grad), rel=1e-3)
 
 
+def test_a_learned_temperature_goes_by_the_positions_that_weigh(captured: Path, tmp_path: Path) -> None:
+    found = {}
+    for power in (0.0, 3.0):
+        weights = {"by": "entropy", "power": power}
+        config = config_of(loss={"temperature": {"towards": "harder"}, "alpha": 1.0, "weights": weights})
+        train(config, captured / "whole", tmp_path / str(power))
+        found[power] = losses(tmp_path / str(power), "temperature")
+    assert found[0.0][0] == found[3.0][0]
+    assert found[0.0][-1] != found[3.0][-1]
+
+
 def test_a_learned_temperature_moves_and_resumes_to_the_bit(captured: Path, tmp_path: Path) -> None:
     run = {"steps": 8, "device": "cpu", "checkpoint_every": 1}
     config = config_of(loss={"temperature": {"towards": "harder"}, "alpha": 1.0}, run=run)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdcache.capture import capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
-from kdcache.errors import AccessError, ConfigError, Interrupted, MismatchError, TrainingError
+from kdcache.errors import AccessError, ConfigError, Interrupted, MismatchError, StorageFullError, TrainingError
 from kdcache.evaluate import evaluate
 from kdcache.online import train_online
 from kdcache.store import open_store
@@ -98,6 +100,46 @@ def test_resuming_at_every_step_is_exact_to_the_bit(captured: Path, tmp_path: Pa
         assert losses(folder) == reference
         same = (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
         assert same
+
+
+def test_a_disk_without_room_is_said_and_the_same_call_goes_on(captured: Path, tmp_path: Path) -> None:
+    config = config_of(run={"steps": 4, "device": "cpu", "checkpoint_every": 2})
+    train(config, captured / "top", tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    for limit in (whole - 100, whole + 2000):  # not even the weights; the weights, and not the optimiser's two moments
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(StorageFullError, match="no space left"):
+                train(config, captured / "top", tmp_path / "r")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    train(config, captured / "top", tmp_path / "r")
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+
+
+def test_a_gradient_scaler_goes_on_where_it_was(
+    captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scaling(Accelerator):
+        """Half precision's scaler, which a CPU is not given, at work on float32."""
+
+        def __init__(self, **keys: Any) -> None:
+            super().__init__(**keys)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+    monkeypatch.setattr("kdcache.train.loop.Accelerator", Scaling)
+    config = config_of(run={"steps": 7, "device": "cpu", "checkpoint_every": 1})
+    train(config, captured / "top", tmp_path / "whole")
+    killed_at(4, config, captured / "top", tmp_path / "killed")
+    train(config, captured / "top", tmp_path / "killed")
+    states = [
+        json.loads((tmp_path / name / "checkpoints" / "step-00000007" / "state.json").read_bytes())["state"]["scaler"]
+        for name in ("whole", "killed")
+    ]
+    assert states[0] == states[1]
+    assert (states[0]["scale"], states[0]["_growth_tracker"]) == (64.0, 1)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(captured: Path, tmp_path: Path) -> None:
@@ -330,6 +372,16 @@ def test_another_tokenizer_or_vocabulary_is_refused_before_the_first_step(captur
     padded = {"config": {**STUDENT["config"], "vocab_size": 320}}
     train(config_of(student=padded), captured / "top", tmp_path / "d")  # padding rows are no difference
     assert not (tmp_path / "a" / METRICS).exists()
+
+
+def test_a_weight_by_a_loss_that_is_not_computed_is_refused(captured: Path, tmp_path: Path) -> None:
+    weights = {"by": "student_loss"}
+    for alpha in (1.0, {"start": 1.0, "end": 1.0}):
+        config = config_of(loss={"tail": "exact", "alpha": alpha, "weights": weights})
+        with pytest.raises(ConfigError, match="would weigh the same"):
+            train(config, captured / "whole", tmp_path / "r")
+    for number, loss in enumerate(({"tail": "exact", "alpha": 0.9}, {"alpha": 1.0})):
+        train(config_of(loss={**loss, "weights": weights}), captured / "whole", tmp_path / str(number))
 
 
 @pytest.mark.parametrize(
