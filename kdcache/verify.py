@@ -120,6 +120,7 @@ def verify(
 def _of_text(store: Store, teacher: Any, order: Array) -> Iterator[_Both]:
     import torch
 
+    from kdcache.taps import MAP
     from kdcache.targets.measure import measure_rows
     from kdcache.teachers import TeacherConfig, load_teacher
 
@@ -129,8 +130,7 @@ def _of_text(store: Store, teacher: Any, order: Array) -> Iterator[_Both]:
     if isinstance(teacher, TeacherConfig):
         teacher = load_teacher(teacher)
     _require_same(store, teacher.fingerprint, OF_TEXT)
-    asked = {one["layer"]: one["keep"] for one in (store.manifest.part("capture") or {})["targets"]["hidden"]}
-    layers = {name: keep for name, keep in asked.items() if f"hidden.{name}" in store.columns}
+    layers = {name: keep for name, keep in store.manifest.layers.items() if f"hidden.{name}" in store.columns}
     for number in order:
         sample = store[int(number)]
         output = teacher.forward([sample.input_ids[:-1]], list(layers))
@@ -141,7 +141,13 @@ def _of_text(store: Store, teacher: Any, order: Array) -> Iterator[_Both]:
         for name, keep in layers.items():
             own, found = sample.hidden[name], output.hidden[name].float().cpu().numpy()
             # a map is kept with room for a longer sample's keys
-            found = np.pad(found, ((0, 0), (0, own.shape[1] - found.shape[1])))
+            room = own.shape[1] - found.shape[1]
+            if room < 0 or (room and not name.startswith(MAP)):
+                raise MismatchError(
+                    f"The teacher's layer {name!r} is {found.shape[1]} wide, and the store's {own.shape[1]}.",
+                    where=store.location,
+                )
+            found = np.pad(found, ((0, 0), (0, room)))
             found = found * sample.loss_mask[:, None] if keep == "masked" else found
             features[name] = own, found, _feature_room(store, name, own)
         yield _Both(sample.targets, live, WIDE_ROOM, features)

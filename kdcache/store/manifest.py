@@ -80,6 +80,19 @@ class Manifest:
         """Return a descriptive member, such as teacher, tokenizer, source, licences or provenance."""
         return self.document.get(name)
 
+    @property
+    def layers(self) -> dict[str, str]:
+        """Layers that the capture of a language model says it kept, each with what of it; nothing where it says none.
+
+        What a stranger's manifest describes is not checked as its columns are: entries of other forms are left out.
+        """
+        told = self.document.get("capture")
+        for name in ("targets", "hidden"):
+            told = told.get(name) if isinstance(told, Mapping) else None
+        entries = [one for one in told if isinstance(one, Mapping)] if isinstance(told, list) else []
+        pairs = [(one.get("layer"), one.get("keep")) for one in entries]
+        return {layer: keep for layer, keep in pairs if isinstance(layer, str) and isinstance(keep, str)}
+
 
 def seal(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document with its identity digest and the checksum of the whole."""

@@ -100,7 +100,7 @@ class TeacherOutput:
     Attributes:
         rows: Last hidden states [N, D] when `head` is set, else raw logits [N, V]; samples one after the other.
         head: The output layer that turns rows into logits, or None.
-        hidden: Layer name to features [N, D].
+        hidden: Layer name to features [N, D]; of an attention map D is the batch's longest sample.
     """
 
     rows: Tensor
@@ -131,7 +131,10 @@ class Teacher(Protocol):
         """Return the model's transformers tokenizer, or None."""
 
     def hidden_width(self, layer: str) -> int:
-        """Return D of a layer; an unknown layer is a ConfigError that lists those there are."""
+        """Return D of a layer; an unknown layer is a ConfigError that lists those there are.
+
+        Of an attention map, whose rows are as long as the sample, the number says nothing.
+        """
 
     def output_head(self) -> OutputHead | None:
         """Return the output layer, or None where the model only gives logits."""

@@ -35,6 +35,7 @@ class TransformersTeacher:
         self._name = Path(config.model).name if Path(config.model).exists() else config.model
         self._folder = str(convert(file)) if file else config.model
         self._settings = self._load_settings()
+        self._widths: dict[str, int] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -79,11 +80,12 @@ class TransformersTeacher:
         layers = int(self._text.num_hidden_layers)
         if layer in ("final", "embedding") or (layer.isdigit() and 1 <= int(layer) <= layers):
             return int(self._text.hidden_size)
-        named = "." in layer and not layer.removeprefix("-").isdigit()
         try:
-            if not named:
+            if "." not in layer:
                 raise ConfigError(f"The teacher has no layer {layer!r}.")
-            rows = self.forward([np.asarray(PROBE) % self.vocab_size], [layer]).hidden[layer]
+            if layer not in self._widths:
+                probe = np.asarray(PROBE) % self.vocab_size
+                self._widths[layer] = int(self.forward([probe], [layer]).hidden[layer].shape[1])
         except ConfigError as error:
             raise ConfigError(
                 error.what,
@@ -91,7 +93,7 @@ class TransformersTeacher:
                 hint=f"It has final, embedding, 1 to {layers}, {MAP}0 to {layers - 1}, and submodules by their paths, "
                 f"such as {self._example}.",
             ) from error
-        return rows.shape[1]
+        return self._widths[layer]
 
     def output_head(self) -> OutputHead | None:
         return self._head

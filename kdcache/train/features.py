@@ -108,7 +108,7 @@ class FeatureTerms(nn.Module):
         self._config = config
         self._families = [family_of(one.kind) for one in config]
         if store.manifest.kind == "causal_lm":
-            _require_maps(config)
+            _require_maps(config, store)
         self._losses: list[Any] = [
             FAMILIES[family].find(one.kind, **one.options) for one, family in zip(config, self._families, strict=True)
         ]
@@ -139,17 +139,8 @@ class FeatureTerms(nn.Module):
                 teacher = moments.normalise(teacher)
             per_sample = bool(batch.inputs)
             mask = batch.inputs.get("attention_mask")
-            if family == "attention" and per_sample:
-                sides = student, _firsts(teacher, batch)
-                value = loss(*_headed(one, *sides), _whole(mask, student)).sum()
-            elif family == "attention":
-                own, real = _rectangle(student, batch)
-                other = _rectangle(teacher, batch)[0]
-                if one.kind.startswith(MAP_LOSSES):  # kept with room for a longer sample's keys
-                    other = other[..., : own.shape[1]]
-                # a sample's mean stands for each of its positions that count
-                counted = _rectangle(batch.mask[:, None], batch)[0].sum((1, 2))
-                value = (loss(*_headed(one, own, other), real) * counted).sum()
+            if family == "attention":
+                value = _attention(one, loss, student, teacher, batch)
             elif family == "relations":
                 sides = (student, _per(teacher, batch))
                 own, other = (_pooled(side, batch, mask, per_sample=per_sample) for side in sides)
@@ -175,8 +166,9 @@ class FeatureTerms(nn.Module):
         return Projector(shapes[one.student][-1], store.columns[f"hidden.{one.teacher}"].shape[-1])
 
 
-def _require_maps(config: tuple[HiddenLossConfig, ...]) -> None:
-    """Refuse a causal model's pair that compares a map with what is none."""
+def _require_maps(config: tuple[HiddenLossConfig, ...], store: Store) -> None:
+    """Refuse a causal model's pair that compares a map with what is none, or relations of positions left out."""
+    holed = {layer for layer, keep in store.manifest.layers.items() if keep == "masked"}
     for one in config:
         maps = [name.startswith(MAP) for name in (one.teacher, one.student)]
         if maps != 2 * [one.kind.startswith(MAP_LOSSES)]:
@@ -185,6 +177,31 @@ def _require_maps(config: tuple[HiddenLossConfig, ...]) -> None:
                 where="loss.hidden",
                 hint=f"map_kl and map_mse are for {MAP}N of both sides, and all other kinds for vectors.",
             )
+        if family_of(one.kind) == "attention" and one.teacher in holed:
+            raise ConfigError(
+                f"{one.kind} compares all positions of a sample, and the store keeps {one.teacher!r} of some.",
+                where="loss.hidden",
+                hint="Capture the layer with keep: all.",
+            )
+
+
+def _attention(one: HiddenLossConfig, loss: Any, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of an attention loss over samples, or of a causal model over positions that count."""
+    maps = one.kind.startswith(MAP_LOSSES)
+    if batch.inputs:
+        sides, real = (student, _firsts(teacher, batch)), _whole(batch.inputs.get("attention_mask"), student)
+        counted = torch.ones(len(student), device=student.device)
+    else:
+        own, real = _rectangle(student, batch)
+        other = _rectangle(teacher, batch)[0]
+        # maps are kept with room for a longer sample's keys
+        sides = own, other[..., : own.shape[1]] if maps else other
+        # a sample's mean stands for each of its positions that count
+        counted = _rectangle(batch.mask[:, None], batch)[0].sum((1, 2))
+    if maps and student.ndim < 4:  # the mean over the heads, as one
+        sides = sides[0][:, None], sides[1][:, None]
+    summed: Tensor = (loss(*sides, real) * counted).sum()
+    return summed
 
 
 def _by_rows(loss: Any, projector: nn.Module, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,12 +213,6 @@ def _by_rows(loss: Any, projector: nn.Module, student: Tensor, teacher: Tensor, 
     rows = loss(projector(student).flatten(0, 1), teacher.flatten(0, 1)).view(real.shape)
     summed: Tensor = ((rows * real).sum(1) / real.sum(1).clamp(min=1)).sum()
     return summed
-
-
-def _headed(one: HiddenLossConfig, *sides: Tensor) -> tuple[Tensor, ...]:
-    """Return both sides of a loss, maps with the heads that they are the means of as one."""
-    averaged = one.kind.startswith(MAP_LOSSES) and sides[0].ndim == 3
-    return tuple(side[:, None] for side in sides) if averaged else sides
 
 
 def _rectangle(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     arguments.add_argument("--out", type=Path, default=Path("runs/smollm2_served"))
     arguments.add_argument("--url", help="of a server that serves SmolLM2-135M-Instruct, up to /v1")
-    arguments.add_argument("--articles", type=int, default=220, help="articles to train on")
+    arguments.add_argument("--articles", type=int, default=180, help="articles to train on")
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     out: Path = given.out

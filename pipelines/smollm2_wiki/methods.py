@@ -94,7 +94,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     arguments.add_argument("--group", choices=GROUPS, action="append")
     arguments.add_argument("--out", type=Path, default=Path("runs/smollm2_methods"))
-    arguments.add_argument("--articles", type=int, default=220, help="articles to train on")
+    arguments.add_argument("--articles", type=int, default=180, help="articles to train on")
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     out: Path = given.out

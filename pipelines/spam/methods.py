@@ -55,6 +55,7 @@ PAIRS = {
 }
 
 MAPS = [{"name": "attention", "tap": "attentions.5|heads"}]
+HEADS = [{"name": "heads", "tap": "attentions.5"}]
 VECTORS = [{"name": name, "tap": LAYER.format(5, name)} for name in RELATIONS]
 LAYERS = [{"name": str(number), "tap": f"hidden_states.{number}"} for number in (3, 5, 6)]
 
@@ -91,6 +92,8 @@ def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, d
         "two layers from scratch": {**_with(), **short, "student": {"config": WIDE}, "optim": {"learning_rate": 5e-4}},
         "two of the teacher's": {**_with(), **short, "student": kept, "optim": {"learning_rate": 2e-4}},
     }
+    pair = {"teacher": "heads", "student": "attentions.1", "kind": "map_kl", "options": {"per_head": True}}
+    by_head = {**layers["two of the teacher's"], **_with({**pair, "weight": 0.2})}
     return {
         "attention": [("store-attention", {"features": [*MAPS, *VECTORS]}, ATTENTION)],
         "relations": [("store-attention", {"features": [*MAPS, *VECTORS]}, OF_VECTORS)],
@@ -100,7 +103,10 @@ def groups(model: Path) -> dict[str, list[tuple[str, dict[str, Any], dict[str, d
             ("store-views", {"augment": TOKENS}, {"hard labels, masked too": HARD, "response, masked too": _with()}),
             ("store-unmasked", {"augment": unmasked}, {"hard labels, 4 views": HARD, "response, 4 views": _with()}),
         ],
-        "layers": [("store-plain", {}, layers)],
+        "layers": [
+            ("store-plain", {}, layers),
+            ("store-heads", {"features": HEADS}, {"+ maps, head by head": by_head}),
+        ],
     }
 
 

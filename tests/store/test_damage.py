@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,16 @@ def test_every_problem_is_listed_at_once(original: Path, tmp_path: Path) -> None
         "columns/head_ids/c/1/0",
     }
     assert isinstance(open_store(copy), Store)
+
+
+def test_what_a_manifest_says_of_layers_is_taken_only_in_its_form(original: Path) -> None:
+    manifest = open_store(original).manifest
+    for capture, expected in (
+        (None, {}),
+        ([], {}),
+        ({"targets": 3}, {}),
+        ({"targets": {"hidden": {"layer": "1"}}}, {}),
+        ({"targets": {"hidden": [7, {"layer": "1"}, {"layer": 2, "keep": "all"}]}}, {}),
+        ({"targets": {"hidden": [{"layer": "1", "keep": "masked"}]}}, {"1": "masked"}),
+    ):
+        assert replace(manifest, document={**manifest.document, "capture": capture}).layers == expected

@@ -131,6 +131,14 @@ def test_a_pair_that_does_not_fit_is_refused_before_the_first_step(captured: Pat
         assert not (tmp_path / "student" / "model.safetensors").exists()
 
 
+def test_relations_of_positions_that_were_left_out_are_refused(tmp_path: Path) -> None:
+    tree = tree_of(tmp_path, targets={"k": 8, "hidden": [{"layer": VALUE, "keep": "masked"}]})
+    capture(parse_config(CaptureConfig, tree), tmp_path / "store")
+    config = config_of(loss={"hidden": [{"kind": "value_relation", **PAIRS["value_relation"]}]})
+    with pytest.raises(ConfigError, match="of some"):
+        train(config, tmp_path / "store", tmp_path / "student")
+
+
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
