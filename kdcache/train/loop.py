@@ -109,7 +109,9 @@ class Run:
         )
         if run.ema:
             self._plain.average = Average(student, run.ema)
-        optimizer = torch.optim.AdamW(_groups(self._plain, config.optim.weight_decay), lr=1.0, betas=config.optim.betas)
+        groups = _groups(self._plain, config.optim.weight_decay)
+        # one pass over weights and moments: on a CPU the step of a large vocabulary's student is mostly this one
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optim.betas, fused=True)
         self._objective, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
         self._loader = Loader(store, self._stream())
         self._per_epoch = -(-len(self._loader) // run.accumulation)
