@@ -1,6 +1,6 @@
 """Students of the references, of the answers that the demo's teacher gives to prompts, and of its logits of those.
 
-    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 120] [--held-out 40] [--seeds 3]
+    python pipelines/smollm2_prompts/run.py [--out runs/smollm2_prompts] [--prompts 80] [--held-out 40] [--seeds 3]
 
 Needs `make models`. Stopped, the same command goes on. Ends in the table of the README beside this file, written to
 `table.md` and `results.json`.
@@ -112,7 +112,7 @@ def main() -> None:
     """Ask, capture, train all ways, compare on prompts that no student has seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2_prompts"))
-    parser.add_argument("--prompts", type=int, default=120, help="to train on")
+    parser.add_argument("--prompts", type=int, default=80, help="to train on")
     parser.add_argument("--held-out", type=int, default=40, help="to measure on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over train.yaml")
