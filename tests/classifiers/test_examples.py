@@ -390,8 +390,12 @@ def test_a_small_store_has_a_small_shard(pixels: Examples, tmp_path: Path, teach
         tmp_path / "s",
         classifier=module(teacher),
     )
-    assert open_store(tmp_path / "s").manifest.shard_rows == 128
-    assert check(open_store(tmp_path / "s")) == []
+    store = open_store(tmp_path / "s")
+    assert (
+        store.num_positions > 64
+    )  # more than one chunk: they are of like size, and less than a row of each is left over
+    assert 0 <= store.manifest.shard_rows - store.num_positions < -(-store.num_positions // 64)
+    assert check(store) == []
 
 
 def test_draws_depend_on_the_sample_and_the_view_alone() -> None:
