@@ -20,7 +20,7 @@ from kdcache.capture.config import CaptureConfig
 from kdcache.config import parse_config
 from kdcache.demo import teacher_folder, write_articles
 from kdcache.seeds import compare_variants
-from pipelines.smollm2_wiki.methods import STUDENT, store
+from pipelines.smollm2_wiki.methods import settings, store
 
 TOP = 5
 """Candidates of a position: what OpenAI's own servers tell at most."""
@@ -68,14 +68,7 @@ def main() -> None:
     out: Path = given.out
     data = write_articles(out / "data", given.articles, 60)
     held_out, whole = (store(out, data, name) for name in ("held-out", "train"))
-    base = {
-        "student": {"config": STUDENT},
-        "data": {"batch_size": 8, "validation": str(held_out)},
-        "loss": {"alpha": 1.0, "temperature": 1.0},
-        "optim": {"learning_rate": 0.003, "warmup_steps": 20},
-        "run": {"epochs": 2, "validate_every": 10**9},
-    }
-    seeds = range(given.seeds)
+    base, seeds = settings(held_out), range(given.seeds)
     served = {"hard labels": {"loss": {"alpha": 0.0}}, f"{TOP} log-probabilities over HTTP": {}}
     black = compare_variants(base, served, told(out, data, given.url), out / "students-told", seeds=seeds)
     white = compare_variants(base, {"64 logits of the model itself": {}}, whole, out / "students", seeds=seeds)

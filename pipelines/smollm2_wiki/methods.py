@@ -89,6 +89,17 @@ def store(out: Path, data: Path, name: str, **targets: Any) -> Path:
     return out / name
 
 
+def settings(held_out: Path) -> dict[str, Any]:
+    """Return the training config that all variants share."""
+    return {
+        "student": {"config": STUDENT},
+        "data": {"batch_size": 8, "validation": str(held_out)},
+        "loss": {"alpha": 1.0, "temperature": 1.0},
+        "optim": {"learning_rate": 0.003, "warmup_steps": 20},
+        "run": {"epochs": 2, "validate_every": 10**9},
+    }
+
+
 def main() -> None:
     """Run the recipe and print its table."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -101,13 +112,7 @@ def main() -> None:
     data = write_articles(out / "data", given.articles, 60)
     held_out = store(out, data, "held-out")
     trained = store(out, data, "train", hidden=LAYERS, draws=8)
-    base = {
-        "student": {"config": STUDENT},
-        "data": {"batch_size": 8, "validation": str(held_out)},
-        "loss": {"alpha": 1.0, "temperature": 1.0},
-        "optim": {"learning_rate": 0.003, "warmup_steps": 20},
-        "run": {"epochs": 2, "validate_every": 10**9},
-    }
+    base = settings(held_out)
     for name in given.group or GROUPS:
         table = compare_variants(base, GROUPS[name], trained, out / "students", seeds=range(given.seeds)).markdown()
         (out / f"{name}.md").write_text(table)
