@@ -57,8 +57,12 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form; a difference from what is no number is null."""
         told = asdict(self)
-        for name in ("max_logit_difference", "mean_logit_difference"):
-            told[name] = told[name] if told[name] is None or math.isfinite(told[name]) else None
+        for group, names in (
+            (told, ("max_logit_difference", "mean_logit_difference")),
+            (told["feature_differences"], tuple(self.feature_differences)),
+        ):
+            for name in names:
+                group[name] = group[name] if group[name] is not None and math.isfinite(group[name]) else None
         return {**told, "ok": not self.problems}
 
 
@@ -274,8 +278,8 @@ def _compared(report: Report, pairs: Iterator[_Both], rows: int) -> Report:
         room += both.room * count
         compared += count
         for name, (stored, live, allowed) in both.features.items():
-            off = float(np.abs(stored - live).mean())
-            shares.setdefault(name, []).append((off, allowed, float(np.abs(live).mean())))
+            off = float(np.nan_to_num(np.abs(stored - live)[kept], nan=np.inf).mean())
+            shares.setdefault(name, []).append((off, allowed, float(np.abs(stored[kept]).mean())))
         if compared >= rows:
             break
     problems = list(report.problems)

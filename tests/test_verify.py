@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +106,29 @@ def test_quick_sees_sizes_and_full_sees_every_bit(captured: tuple[Path, str]) ->
     assert calls[-1] == (full.objects, full.objects)
     path.write_bytes(data[:-1])
     assert len(verify(store, quick=True).problems) == 1
+
+
+def test_features_are_compared_where_the_teacher_had_numbers(tmp_path: Path) -> None:
+    tree = tiny.capture_tree(tmp_path, hidden=["table"], on_invalid="skip")
+
+    def teacher(scale: float) -> CallableTeacher:
+        table = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor) -> SimpleNamespace:
+            sick = (ids % 11 == 3)[..., None]
+            none = torch.tensor(math.nan)
+            hidden = {"table": torch.where(sick, none, scale * table[ids])}
+            return SimpleNamespace(logits=torch.where(sick, none, table[ids]), hidden=hidden)
+
+        made = CallableTeacher(TeacherConfig(model="x:y", tokenizer=tree["teacher"]["model"]), forward)
+        made.__dict__["fingerprint"] = {"kind": "callable", "name": "x:y", "vocab_size": 300}
+        return made
+
+    capture(parse_config(CaptureConfig, tree), tmp_path / "store", teacher=teacher(1.0))
+    same = verify(tmp_path / "store", teacher=teacher(1.0), rows=50)
+    assert same.problems == ()
+    assert same.feature_differences["table"] < 0.01
+    for scale in (2.0, math.nan):
+        found = verify(tmp_path / "store", teacher=teacher(scale), rows=50)
+        assert [one.path for one in found.problems] == ["columns/hidden.table"]
+        json.dumps(found.as_dict(), allow_nan=False)
